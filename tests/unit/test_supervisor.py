@@ -1,0 +1,245 @@
+"""The supervisor, with real processes: tiny Python children that write their process id to a file."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from servicekit.supervisor import EXIT_GAVE_UP, Child, Supervisor
+
+ROOT = Path(__file__).parents[2]
+ENV = {"PYTHONPATH": str(ROOT)}
+
+REPORT = """
+import os, sys, time
+from servicekit.supervisor import bind_to_parent, notify_ready
+bind_to_parent()
+with open(sys.argv[1], "a") as file:
+    file.write(f"{os.getpid()}\\n")
+"""
+READY = REPORT + "notify_ready(); time.sleep(600)"
+NEVER_READY = REPORT + "time.sleep(600)"
+STILLBORN = REPORT + "sys.exit(1)"
+HOPELESS = REPORT + "sys.exit(2)"
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + READY
+PARENT = """
+import sys, threading
+from servicekit.supervisor import Child, Supervisor
+child = Child("child", [sys.executable, "-c", sys.argv[2], sys.argv[1]])
+Supervisor([child]).run(threading.Event())
+"""
+SERVICE = """
+import sys
+from servicekit.supervisor import Child, supervise
+sys.exit(supervise("service", [Child("child", [sys.executable, "-c", sys.argv[2], sys.argv[1]])]))
+"""
+
+
+@dataclasses.dataclass
+class Run:
+    """A supervisor at work in a thread."""
+
+    stop: threading.Event
+    thread: threading.Thread
+    status: list[int]
+    ready: list[int]
+
+    def end(self) -> int:
+        self.stop.set()
+        return self.join()
+
+    def join(self) -> int:
+        self.thread.join(30)
+        return self.status[0]
+
+
+def child(script: str, report: Path, name: str = "child") -> Child:
+    return Child(name, [sys.executable, "-c", script, str(report)], ENV)
+
+
+@contextlib.contextmanager
+def supervising(*children: Child, grace_s: float = 10.0) -> Iterator[Run]:
+    stop, status, ready = threading.Event(), [], []
+    supervisor = Supervisor(children, on_ready=lambda: ready.append(1), first_backoff_s=0.01, grace_s=grace_s)
+    thread = threading.Thread(target=lambda: status.append(supervisor.run(stop)))
+    thread.start()
+    try:
+        yield Run(stop, thread, status, ready)
+    finally:
+        stop.set()
+        thread.join(30)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def pids(report: Path) -> list[int]:
+    """Ids of the processes that were started so far."""
+    return [int(line) for line in report.read_text().splitlines()] if report.exists() else []
+
+
+def exists(pid: int) -> bool:
+    """Whether the process still is one; a zombie counts as gone only once it is reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def runs(pid: int) -> bool:
+    """Like `exists`, for orphans, which whoever inherits them may leave as zombies."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+@pytest.fixture
+def report(tmp_path: Path) -> Path:
+    return tmp_path / "pids"
+
+
+def test_readiness_is_announced_once_when_every_child_is_ready(report: Path, tmp_path: Path) -> None:
+    late = tmp_path / "go"
+    waits = REPORT + f"while not os.path.exists({str(late)!r}): time.sleep(0.01)\nnotify_ready(); time.sleep(600)"
+    other = tmp_path / "other"
+    with supervising(child(READY, report, "a"), child(waits, other, "b")) as run:
+        until(lambda: len(pids(report)) == 1 and len(pids(other)) == 1)
+        assert not run.ready
+        late.touch()
+        until(lambda: bool(run.ready))
+        os.kill(pids(report)[0], signal.SIGKILL)
+        until(lambda: len(pids(report)) == 2)
+        assert run.end() == 0
+        assert run.ready == [1]
+
+
+def test_ready_child_that_is_killed_is_restarted_and_its_sister_left_alone(report: Path, tmp_path: Path) -> None:
+    sister = tmp_path / "sister"
+    ready_first = "from servicekit.supervisor import notify_ready; notify_ready()" + READY
+    with supervising(child(ready_first, report, "a"), child(READY, sister, "b")) as run:
+        until(lambda: bool(run.ready) and len(pids(report)) == 1)
+        for killed in range(1, 8):  # more often than starts may fail: a ready child resets the count
+            os.kill(pids(report)[-1], signal.SIGKILL)
+            until(lambda killed=killed: len(pids(report)) == killed + 1)
+        assert not run.status
+        assert len(pids(sister)) == 1
+
+
+def test_failed_starts_count_in_a_row_only(report: Path) -> None:
+    ready_every_fifth_time = REPORT + (
+        "if sum(1 for _ in open(sys.argv[1])) % 5 == 0: notify_ready()\n"  # and dies at once, as the others do
+        "sys.exit(1)"
+    )
+    with supervising(child(ready_every_fifth_time, report)) as run:
+        until(lambda: len(pids(report)) == 10 or bool(run.status))
+        assert run.end() == 0
+
+
+def test_supervisor_gives_up_after_five_failed_starts_and_stops_the_others(report: Path, tmp_path: Path) -> None:
+    sister = tmp_path / "sister"
+    with supervising(child(READY, sister, "b"), child(STILLBORN, report, "a")) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert len(pids(report)) == 5
+    assert not any(exists(pid) for pid in pids(report) + pids(sister))
+
+
+def test_child_that_cannot_be_helped_is_not_started_again(report: Path) -> None:
+    with supervising(child(HOPELESS, report)) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert len(pids(report)) == 1
+
+
+def test_stop_leaves_no_child_ready_or_not(report: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with supervising(child(READY, report, "a"), child(NEVER_READY, other, "b")) as run:
+        until(lambda: bool(pids(report)) and bool(pids(other)))
+        assert run.end() == 0
+    assert not any(exists(pid) for pid in pids(report) + pids(other))
+
+
+@pytest.mark.parametrize("how", ["stopped by a signal", "deaf to SIGTERM"])
+def test_child_that_does_not_end_is_killed(report: Path, how: str) -> None:
+    with supervising(child(DEAF if how.startswith("deaf") else READY, report), grace_s=0.3) as run:
+        until(lambda: bool(run.ready))
+        if how.startswith("stopped"):
+            os.kill(pids(report)[0], signal.SIGSTOP)
+        assert run.end() == 0
+    assert not exists(pids(report)[0])
+
+
+def test_processes_that_a_dead_child_left_in_its_group_are_killed_before_the_restart(report: Path) -> None:
+    breeds = REPORT + (
+        "if os.fork() == 0:\n"
+        "    open(sys.argv[1] + '.grandchild', 'a').write(f'{os.getpid()}\\n')\n"
+        "else: notify_ready()\n"
+        "time.sleep(600)"
+    )
+    grandchildren = report.with_name("pids.grandchild")
+    with supervising(child(breeds, report)) as run:
+        until(lambda: bool(run.ready) and len(pids(grandchildren)) == 1)
+        os.kill(pids(report)[0], signal.SIGKILL)
+        until(lambda: len(pids(report)) == 2)
+        until(lambda: not runs(pids(grandchildren)[0]))
+
+
+def test_child_does_not_outlive_a_supervisor_that_is_killed(report: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(report), READY], env={**os.environ, **ENV})
+    until(lambda: bool(pids(report)))
+    assert runs(pids(report)[0])
+    parent.kill()
+    parent.wait()
+    until(lambda: not runs(pids(report)[0]))
+
+
+def test_a_killed_service_takes_its_grandchildren_with_it_and_is_restarted(report: Path) -> None:
+    service = Child("service", [sys.executable, "-c", SERVICE, str(report), READY], ENV)
+    with supervising(service) as run:
+        until(lambda: bool(run.ready))  # the service hands its child's readiness on
+        (first,) = pids(report)
+        os.kill(int(Path(f"/proc/{first}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+        until(lambda: len(pids(report)) == 2)
+        until(lambda: not runs(first))
+        assert run.end() == 0
+    assert not runs(pids(report)[1])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_service_ends_cleanly_on_a_signal(report: Path, number: signal.Signals) -> None:
+    service = subprocess.Popen([sys.executable, "-c", SERVICE, str(report), READY], env={**os.environ, **ENV})
+    until(lambda: bool(pids(report)))
+    service.send_signal(number)
+    assert service.wait(30) == 0
+    assert not exists(pids(report)[0])
+
+
+def test_a_service_passes_on_that_its_child_cannot_be_helped(report: Path) -> None:
+    service = Child("service", [sys.executable, "-c", SERVICE, str(report), STILLBORN], ENV)
+    with supervising(service) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert len(pids(report)) == 5  # and not five times five
+
+
+def test_program_that_was_started_by_hand_runs_without_a_supervisor(report: Path) -> None:
+    script = REPORT + "notify_ready(); notify_ready()"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("DUET_")}
+    subprocess.run([sys.executable, "-c", script, str(report)], env={**environment, **ENV}, check=True, timeout=60)
+    assert len(pids(report)) == 1
+
+
+def test_child_whose_supervisor_died_before_it_was_bound_ends(report: Path) -> None:
+    environment = {**os.environ, **ENV, "DUET_PARENT_PID": "1"}
+    assert subprocess.run([sys.executable, "-c", REPORT, str(report)], env=environment, timeout=60).returncode == 1
+    assert not pids(report)
