@@ -1,0 +1,28 @@
+"""The core process: `python -m scheduler_service.core`, started by the scheduler service."""
+
+import asyncio
+import contextlib
+import signal
+from pathlib import Path
+
+from scheduler_service.config import SchedulerConfig
+from scheduler_service.core.engine import Engine
+from servicekit.logs import log_to_stderr
+from servicekit.settings import parse
+from servicekit.supervisor import bind_to_parent, notify_ready
+
+
+async def _main(config: SchedulerConfig, socket_path: str) -> None:
+    task = asyncio.create_task(Engine(config).run(socket_path, on_listening=notify_ready))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+if __name__ == "__main__":
+    bind_to_parent()
+    settings = parse(SchedulerConfig, None, prog="python -m scheduler_service.core", description=__doc__ or "")
+    log_to_stderr("core")
+    assert settings.core_socket is not None, "the scheduler service names the socket"
+    Path(settings.core_socket).unlink(missing_ok=True)  # a core that was killed left it behind
+    asyncio.run(_main(settings, settings.core_socket))

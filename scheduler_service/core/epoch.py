@@ -1,0 +1,141 @@
+"""What holds between two losses of the executor: its slots, its blocks, and the plans in flight to it."""
+
+import dataclasses
+from collections import deque
+
+import numpy as np
+
+from scheduler_service.core.block_manager import BlockManager
+from scheduler_service.core.request import Request, RequestState
+from scheduler_service.core.step_plan import Column, StepRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutorLimits:
+    """The executor's capacity: see ExecutorInfo in executor.proto."""
+
+    block_size: int
+    num_blocks: int
+    num_slots: int
+    max_tokens_per_step: int
+    max_model_len: int
+    max_inflight_plans: int
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens of one sequence, by the model and by the whole KV cache."""
+        return min(self.max_model_len, self.num_blocks * self.block_size)
+
+
+class DecodeSet:
+    """The requests that decode in every step, with their lengths in columns so that a steady step has no loop."""
+
+    def __init__(self, num_slots: int) -> None:
+        self._members: dict[int, Request] = {}  # slot -> request, in the order of joining
+        self._columns: tuple[Column, list[Request]] | None = None
+        self._num_scheduled = np.zeros(num_slots, dtype=np.int32)  # [num_slots] positions that sent plans write
+        self._max_total = np.zeros(num_slots, dtype=np.int32)  # [num_slots] tokens
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def columns(self) -> tuple[Column, list[Request]]:
+        """Slots  # [num_decoding] int32, and their requests. Never changed in place, so a record may keep them."""
+        if self._columns is None:
+            self._columns = (np.array(list(self._members), dtype=np.int32), list(self._members.values()))
+        return self._columns
+
+    def join(self, request: Request) -> None:
+        """Add a running request all of whose known tokens are computed by the plans sent."""
+        assert request.slot is not None
+        self._members[request.slot] = request
+        self._num_scheduled[request.slot] = request.num_prefilled
+        self._max_total[request.slot] = request.max_total_tokens
+        self._columns = None
+
+    def discard(self, slot: int) -> None:
+        """Take the slot out, where it is in."""
+        if self._members.pop(slot, None) is not None:
+            self._columns = None
+
+    def blocks_short(self, table_lens: Column, block_size: int, iterations: int) -> tuple[Column, Column]:
+        """Slots whose table does not cover `iterations` more positions, and the blocks each lacks."""
+        slots, _ = self.columns()
+        lacking = -(-(self._num_scheduled[slots] + iterations) // block_size) - table_lens[slots]
+        short = lacking > 0
+        return slots[short], lacking[short]
+
+    def min_remaining(self) -> int:
+        """Fewest tokens that any member may still generate."""
+        slots, _ = self.columns()
+        return int((self._max_total[slots] - self._num_scheduled[slots]).min()) - 1
+
+    def advance(self, iterations: int) -> list[Request]:
+        """Count `iterations` steps as sent; returns, and takes out, the requests that end with them by length."""
+        slots, requests = self.columns()
+        self._num_scheduled[slots] += iterations
+        ended = np.flatnonzero(self._num_scheduled[slots] + 1 >= self._max_total[slots])
+        for index in ended:
+            self.discard(int(slots[index]))
+        return [requests[index] for index in ended]
+
+
+class Epoch:
+    """All state that dies with the executor."""
+
+    def __init__(self, limits: ExecutorLimits) -> None:
+        self.limits = limits
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, limits.num_slots, limits.max_model_len)
+        self.running: dict[int, Request] = {}  # by slot
+        self.prefilling: list[Request] = []  # running, with known tokens left to compute, in order of admission
+        self.joining: list[Request] = []  # sampled their first token in the last plan
+        self.leaving: list[Request] = []  # sampled their last token in the last plan
+        self.decode_set = DecodeSet(limits.num_slots)
+        self.free_slots = list(range(limits.num_slots - 1, -1, -1))
+        self.released_slots: list[int] = []  # emptied since the last plan; the next one tells the executor
+        self.records: deque[StepRecord] = deque()  # steps in flight, oldest first
+        self.num_plans_in_flight = 0
+        self.next_step_id = 1
+        self.settled_step_id = 0
+        self.decode_step_ns = 0.0  # moving average of the device time of a decode-only step
+        self.stalled_since: float | None = None  # when waiting prompts began to hold up decoding, monotonic seconds
+
+    def seat(self, request: Request, hits: list[int]) -> int:
+        """Give a request a slot, and a block table for its known tokens that begins with the cached blocks `hits`."""
+        slot = self.free_slots.pop()
+        self.blocks.allocate(slot, hits, len(request.token_ids))
+        self.running[slot] = request
+        self.prefilling.append(request)
+        request.state, request.slot, request.spoiled = RequestState.RUNNING, slot, False
+        request.num_cached_blocks = len(hits)
+        request.num_prefilled = len(hits) * self.limits.block_size
+        return slot
+
+    def unseat(self, request: Request) -> None:
+        """Take slot and blocks from a running request; the blocks may be given to others at once."""
+        slot = request.slot
+        assert slot is not None
+        self.blocks.free(slot)
+        del self.running[slot]
+        self.decode_set.discard(slot)
+        for members in (self.prefilling, self.joining, self.leaving):
+            if request in members:
+                members.remove(request)
+        self.free_slots.append(slot)
+        self.released_slots.append(slot)
+        request.slot = None
+
+    def take_released_slots(self) -> list[int]:
+        """Slots that the plan being built must release; it may give them out again, since releases come first."""
+        released, self.released_slots = self.released_slots, []
+        return released
+
+    def is_in_flight(self, request: Request) -> bool:
+        """Whether a step that is not settled may still bring a token of this waiting request."""
+        return request.in_flight_until > self.settled_step_id
+
+    def settle(self) -> None:
+        """End the flight of the oldest step."""
+        record = self.records.popleft()
+        self.settled_step_id = record.step_id
+        self.num_plans_in_flight -= record.ends_plan

@@ -1,0 +1,55 @@
+"""One request as the core sees it, from arrival to its last token."""
+
+import dataclasses
+import enum
+from array import array
+
+from scheduler_service.core.outbox import Outbox
+from scheduler_service.ipc import Sampling
+
+
+class RequestState(enum.Enum):
+    """Where a request is. A preempted request is waiting again."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()  # holds a slot and a block table
+    FINISHED = enum.auto()
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """A sequence and what the core knows of it.
+
+    `token_ids` holds every token whose value is known: the prompt, then what was generated. The executor may be
+    ahead of it by the tokens of the plans in flight.
+    """
+
+    request_id: str
+    outbox: Outbox  # of the front end that holds its stream
+    stream: int
+    token_ids: "array[int]"  # [num_tokens] int32
+    num_prompt_tokens: int
+    max_total_tokens: int  # prompt included
+    sampling: Sampling
+    stop_token_ids: list[int]
+    priority: int
+    cache_salt: str
+    arrival_time: float  # monotonic seconds
+    deadline: float | None  # monotonic seconds
+    arrival: int = 0  # counts requests; "last come" is the largest
+    state: RequestState = RequestState.WAITING
+    slot: int | None = None  # None unless running
+    num_prefilled: int = 0  # known tokens whose KV entries exist once the plans sent so far have run
+    num_cached_blocks: int = 0  # leading blocks of the table that another request computed
+    block_digests: list[bytes] = dataclasses.field(default_factory=list)  # of the full blocks of token_ids
+    in_flight_until: int = 0  # after a preemption: the last step that may still hold it
+    spoiled: bool = False  # until the next admission: what plans in flight bring was computed from a failed step's KV
+    started: bool = False
+    cached_tokens: int = 0  # at the first admission
+    preemptions: int = 0
+    recoveries: int = 0
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Known generated tokens."""
+        return len(self.token_ids) - self.num_prompt_tokens

@@ -1,0 +1,207 @@
+"""What runs next.
+
+A request has no prefill phase nor decode phase here, only known tokens whose KV entries do not exist yet: a fresh
+prompt, the rest of a chunked one, or everything a preempted request had. Plans are sent ahead of their results; a
+token that the core does not know yet is on the device already, so nothing waits for it.
+"""
+
+import dataclasses
+
+from scheduler_service.core.epoch import Epoch
+from scheduler_service.core.prefix_cache import extend_digests
+from scheduler_service.core.request import Request
+from scheduler_service.core.request_pool import RequestPool
+from scheduler_service.core.step_plan import NO_ROWS, Chunk, StepPlan, StepRecord, new_sequence
+
+MAX_ITERATED_NS = 4e6  # a plan of several decode steps takes at most this long on the device
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The choices that are left to the operator."""
+
+    max_inflight_steps: int = 2
+    max_decode_stall_s: float = 0.4
+
+
+class Scheduler:
+    """Builds step plans from the pool's queues, and changes the pool as if they had run."""
+
+    def __init__(self, pool: RequestPool, policy: Policy) -> None:
+        self._pool = pool
+        self._policy = policy
+
+    def schedule(self, now: float) -> StepPlan | None:
+        """The next plan to send, or None where nothing can run or enough plans are in flight.
+
+        While prompts wait, plans hold prefill only, for at most max_decode_stall; then decode goes on beside it.
+        `now` is in monotonic seconds.
+        """
+        epoch = self._pool.epoch
+        if epoch is None:
+            return None
+        if epoch.num_plans_in_flight >= min(self._policy.max_inflight_steps, epoch.limits.max_inflight_plans):
+            return None
+        plan = StepPlan(epoch.next_step_id)
+        leaving, epoch.leaving = epoch.leaving, []
+        joined = self._join_decode_set(epoch)
+        budget = epoch.limits.max_tokens_per_step
+        if self._may_stall_decode(epoch, now):
+            self._prefill(epoch, plan, budget, now, admit=True)
+        if not plan.chunks and epoch.decode_set:
+            any_preempted = self._decode(epoch, plan)
+            self._prefill(epoch, plan, budget - len(epoch.decode_set), now, admit=not any_preempted)
+        if not plan.chunks and not plan.iterations:
+            epoch.leaving = leaving
+            return None
+        plan.release_slots = epoch.take_released_slots()
+        plan.leave_slots = [request.slot for request in leaving if request.slot is not None]
+        plan.join_slots = [request.slot for request in joined if request.slot is not None]
+        self._track_stall(epoch, plan, now)
+        self._record(epoch, plan)
+        return plan
+
+    def _join_decode_set(self, epoch: Epoch) -> list[Request]:
+        """Those that sampled their first token in the last plan decode from this one on, unless one was enough."""
+        joined = [request for request in epoch.joining if request.num_prefilled + 1 < request.max_total_tokens]
+        epoch.joining.clear()
+        for request in joined:
+            epoch.decode_set.join(request)
+        return joined
+
+    def _may_stall_decode(self, epoch: Epoch, now: float) -> bool:
+        if epoch.stalled_since is None or not epoch.decode_set:
+            return True
+        return now - epoch.stalled_since < self._policy.max_decode_stall_s
+
+    def _track_stall(self, epoch: Epoch, plan: StepPlan, now: float) -> None:
+        if not plan.chunks or not epoch.decode_set:
+            epoch.stalled_since = None
+        elif epoch.stalled_since is None:
+            epoch.stalled_since = now
+
+    # --- prefill -------------------------------------------------------------------------------------------------
+
+    def _prefill(self, epoch: Epoch, plan: StepPlan, budget: int, now: float, *, admit: bool) -> None:
+        """Fill the token budget with chunks: of requests that have begun, then of waiting ones."""
+        for request in list(epoch.prefilling):
+            if budget == 0:
+                return
+            budget -= self._add_chunk(epoch, plan, request, budget)
+        if not admit:
+            return
+        deferred: list[Request] = []
+        while budget and (request := self._pool.waiting.peek()) is not None and self._can_seat(epoch, request):
+            extend_digests(request.block_digests, request.token_ids, epoch.blocks.block_size, request.cache_salt)
+            hits = epoch.blocks.find_prefix(request.block_digests, request.token_ids)
+            if self._awaits_twin(epoch, plan, request, len(hits)):
+                deferred.append(self._pool.waiting.pop())
+                continue
+            if epoch.blocks.num_free_after(hits, len(request.token_ids)) < self._reserve(epoch):
+                break
+            self._pool.waiting.pop()
+            self._seat(epoch, plan, request, hits, now)
+            budget -= self._add_chunk(epoch, plan, request, budget)
+        for request in deferred:
+            self._pool.waiting.push(request)
+
+    def _can_seat(self, epoch: Epoch, request: Request) -> bool:
+        """Whether a slot is free, and no plan in flight may still bring a token of a preempted request."""
+        num_seats = min(epoch.limits.num_slots, epoch.limits.max_tokens_per_step)
+        return len(epoch.running) < num_seats and not epoch.is_in_flight(request)
+
+    def _reserve(self, epoch: Epoch) -> int:
+        """Blocks kept free at an admission, so that running sequences do not at once preempt the newcomer."""
+        return epoch.blocks.num_blocks // 100 if epoch.running else 0
+
+    def _awaits_twin(self, epoch: Epoch, plan: StepPlan, request: Request, num_hits: int) -> bool:
+        """Whether the next block of the request's prefix is computed by this very plan, to be hit by the next one."""
+        if num_hits >= (len(request.token_ids) - 1) // epoch.blocks.block_size:
+            return False
+        return request.block_digests[num_hits] in plan.digests
+
+    def _seat(self, epoch: Epoch, plan: StepPlan, request: Request, hits: list[int], now: float) -> None:
+        slot = epoch.seat(request, hits)
+        plan.new_sequences.append(new_sequence(request, slot, epoch.blocks.table(slot), request.num_prefilled))
+        if not request.started:
+            request.cached_tokens = request.num_prefilled
+            self._pool.counters.prompt_tokens += request.num_prompt_tokens
+            self._pool.counters.cached_tokens += request.cached_tokens
+        self._pool.start(request, now)
+
+    def _add_chunk(self, epoch: Epoch, plan: StepPlan, request: Request, budget: int) -> int:
+        """Plan the next known tokens of a seated request, at most `budget`; returns how many."""
+        assert request.slot is not None
+        start, num_known = request.num_prefilled, len(request.token_ids)
+        count = min(budget, num_known - start)
+        request.num_prefilled += count
+        samples = request.num_prefilled == num_known
+        plan.chunks.append(Chunk(request, request.slot, start, count, samples))
+        block_size = epoch.blocks.block_size
+        plan.digests.update(request.block_digests[start // block_size : request.num_prefilled // block_size])
+        if samples:
+            epoch.prefilling.remove(request)
+            epoch.joining.append(request)
+        self._pool.counters.prefill_tokens += count
+        return count
+
+    # --- decode --------------------------------------------------------------------------------------------------
+
+    def _decode(self, epoch: Epoch, plan: StepPlan) -> bool:
+        """Plan a step, or several, of the whole decode set; returns whether a request was preempted for it."""
+        iterations = self._iterations(epoch)
+        any_preempted = False
+        slots, lacking = epoch.decode_set.blocks_short(epoch.blocks.table_lens, epoch.blocks.block_size, iterations)
+        short = [(epoch.running[slot], count) for slot, count in zip(slots.tolist(), lacking.tolist(), strict=True)]
+        for request, count in sorted(short, key=lambda pair: pair[0].arrival):
+            for _ in range(count):
+                any_preempted |= self._append_block(epoch, plan, request)
+        if epoch.decode_set:
+            plan.iterations = iterations
+        return any_preempted
+
+    def _append_block(self, epoch: Epoch, plan: StepPlan, request: Request) -> bool:
+        """Extend the request's table by a block, preempting the last come until one is free.
+
+        The oldest running request is never preempted, so that somebody always reaches the end.
+        """
+        any_preempted = False
+        while request.slot is not None:
+            block = epoch.blocks.append(request.slot)
+            if block is not None:
+                plan.append_slots.append(request.slot)
+                plan.append_blocks.append(block)
+                break
+            self._pool.preempt(max(epoch.running.values(), key=lambda other: other.arrival))
+            any_preempted = True
+        return any_preempted
+
+    def _iterations(self, epoch: Epoch) -> int:
+        """Decode steps for one plan: several only while nothing waits, blocks suffice and the steps are short."""
+        if self._pool.waiting or epoch.prefilling or not epoch.decode_step_ns:
+            return 1
+        iterations = min(int(MAX_ITERATED_NS / epoch.decode_step_ns), epoch.decode_set.min_remaining())
+        if iterations <= 1:
+            return 1
+        _, lacking = epoch.decode_set.blocks_short(epoch.blocks.table_lens, epoch.blocks.block_size, iterations)
+        return iterations if int(lacking.sum()) <= epoch.blocks.num_free_blocks else 1
+
+    # --- what is remembered of a plan ----------------------------------------------------------------------------
+
+    def _record(self, epoch: Epoch, plan: StepPlan) -> None:
+        """Remember what the plan will bring, and let later plans hit the blocks it completes."""
+        prefilled = {chunk.slot: chunk.request for chunk in plan.chunks}
+        decode_slots, decode_requests = epoch.decode_set.columns() if plan.iterations else NO_ROWS
+        num_steps = max(1, plan.iterations)
+        for index in range(num_steps):
+            ends_plan = index == num_steps - 1
+            record = StepRecord(plan.step_id + index, ends_plan, prefilled, decode_slots, decode_requests)
+            epoch.records.append(record)
+        epoch.next_step_id += num_steps
+        epoch.num_plans_in_flight += 1
+        for chunk in plan.chunks:
+            block_size, end = epoch.blocks.block_size, chunk.start + chunk.count
+            request, first, last = chunk.request, chunk.start // block_size, end // block_size
+            epoch.blocks.publish(chunk.slot, request.block_digests, request.token_ids, first, last)
+        if plan.iterations:
+            epoch.leaving += epoch.decode_set.advance(plan.iterations)

@@ -1,0 +1,109 @@
+"""The core's end of a session with the executor: see executor.proto."""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from protos.duet.executor.v1 import executor_pb2 as pb
+from protos.duet.executor.v1 import executor_pb2_grpc as pb_grpc
+from scheduler_service.core.epoch import ExecutorLimits
+from scheduler_service.core.step_plan import StepPlan, StepResult, decode_result
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 64 << 20
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
+
+
+class SessionRefused(Exception):
+    """The executor is held by another core, serves another model, or speaks another protocol."""
+
+
+def limits_of(info: pb.ExecutorInfo) -> ExecutorLimits:
+    """The executor's capacity as the core uses it."""
+    return ExecutorLimits(
+        block_size=info.block_size,
+        num_blocks=info.num_blocks,
+        num_slots=info.num_slots,
+        max_tokens_per_step=info.max_tokens_per_step,
+        max_model_len=info.max_model_len,
+        max_inflight_plans=info.max_inflight_plans,
+    )
+
+
+class ExecutorSession:
+    """One RunSession call, from the handshake to the loss of the executor."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._call = pb_grpc.ExecutorServiceStub(channel).RunSession()
+        self._plans: asyncio.Queue[pb.RunSessionRequest] = asyncio.Queue()
+        self.epoch = 0
+
+    async def open(self, model_digest: str, weights_digest: str) -> pb.ExecutorInfo:
+        """Take the epoch after the executor's last one; an empty `weights_digest` accepts any weights.
+
+        Raises: SessionRefused; grpc.aio.AioRpcError where there is no executor.
+        """
+        info = (await self._read()).info
+        if info.session_alive:
+            raise SessionRefused("another core holds the executor")
+        self.epoch = info.last_epoch + 1
+        request = pb.OpenSession(
+            epoch=self.epoch,
+            protocol_version=PROTOCOL_VERSION,
+            model_digest=model_digest,
+            weights_digest=weights_digest,
+        )
+        await self._write(pb.RunSessionRequest(open=request))
+        opened = (await self._read()).opened
+        if opened.epoch != self.epoch:
+            raise SessionRefused(f"the executor opened epoch {opened.epoch}, not {self.epoch}")
+        return info
+
+    def send(self, plan: StepPlan) -> None:
+        """Queue a plan; plans go out in order, and the number in flight bounds the queue."""
+        self._plans.put_nowait(pb.RunSessionRequest(plan=plan.encode(self.epoch)))
+
+    async def run(self, on_result: Callable[[StepResult], None]) -> None:
+        """Send plans and hand over results until the executor is lost.
+
+        Raises: a group of SessionRefused and grpc.aio.AioRpcError, at the loss.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write_plans())
+            tasks.create_task(self._read_results(on_result))
+
+    async def _write_plans(self) -> None:
+        while True:
+            await self._write(await self._plans.get())
+
+    async def _read_results(self, on_result: Callable[[StepResult], None]) -> None:
+        while True:
+            result = (await self._read()).result
+            assert result.epoch == self.epoch
+            on_result(decode_result(result))
+
+    async def _write(self, message: pb.RunSessionRequest) -> None:
+        try:
+            await self._call.write(message)
+        except asyncio.InvalidStateError:  # the call ended between two reads
+            raise SessionRefused("the executor ended the session") from None
+
+    async def _read(self) -> pb.RunSessionResponse:
+        message = await self._call.read()
+        if message is grpc.aio.EOF:
+            raise SessionRefused(f"the executor ended the session: {await self._call.details() or 'no reason given'}")
+        return message
+
+    def close(self) -> None:
+        """End the call."""
+        self._call.cancel()

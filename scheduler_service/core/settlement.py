@@ -1,0 +1,99 @@
+"""What a step's result changes.
+
+A result is read against the record of its step: the record says whose tokens they are, whatever has happened to the
+slots since. Tokens of a request that has ended are dropped; those of a preempted one are appended, and it may end
+while it waits; those that were computed from the blocks of a failed step are dropped too, and computed again.
+"""
+
+import numpy as np
+
+from scheduler_service.core.epoch import Epoch
+from scheduler_service.core.prefix_cache import extend_digests
+from scheduler_service.core.request import Request, RequestState
+from scheduler_service.core.request_pool import RequestPool
+from scheduler_service.core.step_plan import StepRecord, StepResult
+from scheduler_service.errors import InternalError
+
+FINISH_REASON_STOP = 1  # as in StepResult.finish_reasons and in inference.proto's FinishReason
+STEP_TIME_SMOOTHING = 0.2
+
+
+def apply_result(pool: RequestPool, result: StepResult) -> None:
+    """Append tokens, end what ended, publish the blocks that filled, and end the step's flight after its last part."""
+    epoch = pool.epoch
+    assert epoch is not None
+    record = epoch.records[0]
+    assert result.step_id == record.step_id, f"result of step {result.step_id} where {record.step_id} is due"
+    slots = result.slots.tolist()
+    tokens, reasons = result.token_ids.tolist(), result.finish_reasons.tolist()
+    for slot, request, token, reason in zip(slots, _requests_of(record, result), tokens, reasons, strict=True):
+        if request.state is not RequestState.FINISHED and not request.spoiled:
+            _accept_token(pool, epoch, request, slot, token, reason)
+            pool.counters.output_tokens += 1
+    for slot, message in result.slot_errors:
+        _fail_slot(pool, epoch, _holders(record)[slot], message)
+    if not result.partial:
+        pool.counters.steps += 1
+        _measure(epoch, record, result)
+        epoch.settle()
+
+
+def _requests_of(record: StepRecord, result: StepResult) -> list[Request]:
+    """The requests of the result's rows; in a steady decode step they are the record's own list."""
+    if np.array_equal(result.slots, record.decode_slots):
+        return record.decode_requests
+    holders = _holders(record)
+    return [holders[slot] for slot in result.slots.tolist()]
+
+
+def _holders(record: StepRecord) -> dict[int, Request]:
+    return record.prefilled | dict(zip(record.decode_slots.tolist(), record.decode_requests, strict=True))
+
+
+def _accept_token(pool: RequestPool, epoch: Epoch, request: Request, slot: int, token: int, reason: int) -> None:
+    token_ids = request.token_ids
+    token_ids.append(token)
+    request.outbox.streams.append(request.stream)
+    request.outbox.token_ids.append(token)
+    if (len(token_ids) - 1) % epoch.blocks.block_size == 0:
+        _publish_last_block(epoch, request, slot)
+    if reason:
+        pool.finish(request, reason, token if reason == FINISH_REASON_STOP else None)
+
+
+def _publish_last_block(epoch: Epoch, request: Request, slot: int) -> None:
+    """Let later prompts hit the block whose last position is written, if it still is the request's."""
+    if request.slot != slot:
+        return
+    extend_digests(request.block_digests, request.token_ids, epoch.blocks.block_size, request.cache_salt)
+    num_written = (len(request.token_ids) - 1) // epoch.blocks.block_size
+    epoch.blocks.publish(slot, request.block_digests, request.token_ids, num_written - 1, num_written)
+
+
+def _fail_slot(pool: RequestPool, epoch: Epoch, request: Request, message: str) -> None:
+    """End a request whose step failed; whoever hit a block that it had computed computes again.
+
+    Later plans may have read such a block already, so what they bring for those who hit it, an error included, does
+    not count; and whatever is built upon it is forgotten, even if its owner is gone.
+    """
+    if request.spoiled:
+        return
+    if request.state is not RequestState.FINISHED:
+        pool.fail(request, InternalError(f"the executor failed on this request: {message}"))
+    first = request.num_cached_blocks
+    for digest in request.block_digests[first : first + 1]:
+        epoch.blocks.retract(digest, first)
+        for other in list(pool.requests.values()):
+            if other.num_cached_blocks > first and other.block_digests[first] == digest:
+                if other.state is RequestState.RUNNING:
+                    pool.preempt(other)
+                other.spoiled = True
+
+
+def _measure(epoch: Epoch, record: StepRecord, result: StepResult) -> None:
+    """Follow the device time of decode-only steps, by which plans of several steps are sized."""
+    if record.prefilled or not result.device_time_ns:
+        return
+    if not epoch.decode_step_ns:
+        epoch.decode_step_ns = float(result.device_time_ns)
+    epoch.decode_step_ns += STEP_TIME_SMOOTHING * (result.device_time_ns - epoch.decode_step_ns)

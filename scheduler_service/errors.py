@@ -1,0 +1,72 @@
+"""Every failure that a client can see, and its gRPC status.
+
+DuetError
+├── InvalidRequest           INVALID_ARGUMENT     the caller does not retry
+│   └── ContextLengthExceeded
+├── DuplicateRequest         ALREADY_EXISTS       the caller does not retry
+├── UnknownRequest           NOT_FOUND            the caller ignores it
+├── QueueFull                RESOURCE_EXHAUSTED   the caller retries after retry_after_s
+├── ExecutorUnavailable      UNAVAILABLE          the caller retries elsewhere
+├── DeadlineExceeded         DEADLINE_EXCEEDED
+└── InternalError            INTERNAL             our own bug; the message holds an id that is in the log
+"""
+
+import grpc
+
+
+class DuetError(Exception):
+    """Base of all; `code` is the status a client sees."""
+
+    code: grpc.StatusCode
+
+    def __init__(self, message: str, *, field: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field  # path of the request field at fault, as in the proto
+        self.retry_after_s = retry_after_s
+
+
+class InvalidRequest(DuetError):
+    """A field is out of range, missing, or not implemented."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and max_tokens are longer than the model or than the whole KV cache."""
+
+
+class DuplicateRequest(DuetError):
+    """The request id is in use."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class UnknownRequest(DuetError):
+    """No such request is alive."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class QueueFull(DuetError):
+    """The waiting queue is at its limit."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class ExecutorUnavailable(DuetError):
+    """Draining, or no executor for longer than the request may wait."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceeded(DuetError):
+    """The call's deadline passed, in the queue or while running."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class InternalError(DuetError):
+    """A bug of ours."""
+
+    code = grpc.StatusCode.INTERNAL

@@ -1,0 +1,100 @@
+"""Starts the gRPC server beside the connection to the core, and stops both."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from scheduler_service.config import SchedulerConfig
+from scheduler_service.frontend.core_client import CoreClient
+from scheduler_service.frontend.health import HealthServicer
+from scheduler_service.frontend.service import SERVICE_NAME, InferenceService
+from scheduler_service.frontend.tokenizer import load_model_tokenizer
+
+log = logging.getLogger(__name__)
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 24 << 20),  # what is over our own 16 MiB can still be told so
+    ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
+    ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without a word
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+_GRACE_S = 1.0  # for calls under way when the server stops
+
+
+class PortUnavailable(Exception):
+    """The listening address cannot be had; the message is one sentence."""
+
+
+class FrontendServer:
+    """gRPC server and core connection of one front end process."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        """Load the model's tokenizer and bind the port.
+
+        Raises: UnusableModel, PortUnavailable.
+        """
+        assert config.core_socket is not None, "the supervisor names the core's socket"
+        self.core = CoreClient(config.core_socket)
+        tokenizer = load_model_tokenizer(Path(config.model), config.model_name)
+        self._server = grpc.aio.server(options=_OPTIONS)
+        service = InferenceService(self.core, tokenizer, max_pause_s=config.max_pause_s)
+        self._server.add_generic_rpc_handlers((service.handler(),))
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self.core, (SERVICE_NAME,)), self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), self._server)
+        _check_address(config.listen)
+        self.port = self._server.add_insecure_port(config.listen)
+
+    async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
+        """Serve until `stop` is set; `on_ready` is called once, when port and core connection are open.
+
+        Raises: what ends the connection to the core for good.
+        """
+        await self._server.start()
+        connection = asyncio.create_task(self.core.run())
+        stopped = asyncio.create_task(stop.wait())
+        announced = asyncio.create_task(self._announce(on_ready))
+        tasks = (connection, stopped, announced)
+        try:
+            await asyncio.wait((connection, stopped), return_when=asyncio.FIRST_COMPLETED)
+            await self._server.stop(_GRACE_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        if not connection.cancelled():
+            connection.result()
+
+    async def _announce(self, on_ready: Callable[[], None]) -> None:
+        await self.core.wait_connected()
+        log.info("listening on port %d", self.port)
+        on_ready()
+
+
+def _check_address(address: str) -> None:
+    """Try the address alone first, since gRPC says what is wrong with it only in a log of its own."""
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    try:
+        socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except ValueError as error:
+        raise PortUnavailable(f"cannot listen on {address}: it is not of the form host:port") from error
+    except OSError as error:
+        raise PortUnavailable(f"cannot listen on {address}: {error.strerror}") from error
+
+
+async def serve(config: SchedulerConfig, on_ready: Callable[[], None]) -> None:
+    """Serve until SIGTERM or SIGINT. Raises: UnusableModel, PortUnavailable."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await FrontendServer(config).run(stop, on_ready)
