@@ -82,7 +82,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag=True):
     """Sent first on every connection and again at each change."""
 
     ready: bool  # an executor session is open
-    epoch: int
+    epoch: int  # sessions opened with executors so far
     queue_order: str
     model: ModelInfo | None  # None until an executor has connected once
 

@@ -40,6 +40,7 @@ class Engine:
         self._scheduler = Scheduler(self.pool, Policy(config.max_inflight_steps, config.max_decode_stall_ms / 1000))
         self._frontends = Frontends(self)
         self._session: ExecutorSession | None = None
+        self._num_sessions = 0  # opened so far; each executor process counts epochs of its own
         self._model: ModelInfo | None = None
         self._started_at = time.monotonic()
         self._executor_lost_at = self._started_at
@@ -55,8 +56,7 @@ class Engine:
     @property
     def status(self) -> EngineStatus:
         """What front ends are told of the executor."""
-        epoch = self._session.epoch if self._session else 0
-        return EngineStatus(self._session is not None, epoch, self._config.queue_order, self._model)
+        return EngineStatus(self._session is not None, self._num_sessions, self._config.queue_order, self._model)
 
     @property
     def max_total_tokens(self) -> int:
@@ -112,6 +112,7 @@ class Engine:
         )
         logger.info("epoch %d on %s: %s", session.epoch, info.device, limits)
         self._session, self._last_reason = session, ""
+        self._num_sessions += 1
         self.pool.begin_epoch(limits)
         self._frontends.broadcast_status()
         self.pump()

@@ -67,14 +67,16 @@ class Frontends:
         self._connections: set[Connection] = set()
 
     async def serve(self, socket_path: str, on_listening: Callable[[], None]) -> None:
-        """Listen until cancelled."""
+        """Listen until cancelled; that hangs up on every front end."""
         async with asyncio.TaskGroup() as tasks:
             server = await asyncio.start_unix_server(
                 lambda reader, writer: tasks.create_task(self._serve_one(reader, writer)), socket_path
             )
             on_listening()
-            async with server:
-                await server.serve_forever()
+            try:
+                await asyncio.Event().wait()  # from Python 3.12 on, serve_forever would not end before the front ends
+            finally:
+                server.close()
 
     def flush(self) -> None:
         """Send each front end its news."""
