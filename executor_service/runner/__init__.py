@@ -1,0 +1,1 @@
+"""Slots, step inputs, and the loop that runs plans."""

@@ -1,0 +1,185 @@
+"""Runs plans: slots and step inputs, the model, the sampler. What is special to a device is handed in."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from executor_service import weights
+from executor_service.config import ExecutorConfig
+from executor_service.layers.attention import AttentionBackend
+from executor_service.layers.cpu import CpuOps
+from executor_service.models import CausalLM, load_model
+from executor_service.plan import Column, Limits, Plan
+from executor_service.runner.kv_cache import (
+    KVCacheShape,
+    UnfitSettings,
+    allocate_on_cpu,
+    available_memory_bytes,
+    count_blocks,
+)
+from executor_service.runner.ledger import Ledger
+from executor_service.runner.runner import CONTINUES, RunnerInfo, StepOutput
+from executor_service.runner.slots import SlotState
+from executor_service.runner.step_inputs import decode_inputs, prefill_inputs
+from kernels.sampling import SamplingColumns, sample
+from servicekit.digest import model_digest
+
+# (logits [num_rows, vocab_size] float32, finite; columns of num_rows; positions [num_rows] int64) -> [num_rows] int64
+Sample = Callable[[Tensor, SamplingColumns, Tensor], Tensor]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_NONE = np.empty(0, dtype=np.int32)
+
+
+def build_runner(config: ExecutorConfig) -> "ModelRunner":
+    """Load the model and make its KV cache, on the CPU.
+
+    Sets the number of threads of torch, for the whole process.
+    Raises: ModelError, where the model, the settings and the machine do not fit.
+    """
+    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    directory, ops, dtype = Path(config.model), CpuOps(), _DTYPES[config.dtype]
+    model = load_model(directory, dtype=dtype, device_ops=ops)
+    max_model_len = config.max_model_len or model.config.max_position_embeddings
+    if max_model_len > model.config.max_position_embeddings:
+        limit = model.config.max_position_embeddings
+        raise UnfitSettings(f"--max-model-len {max_model_len} is more than the {limit} positions of the model")
+    shape = KVCacheShape(
+        model.config.num_layers, model.config.num_kv_heads, config.block_size, model.config.head_dim, dtype
+    )
+    memory_bytes = int(available_memory_bytes() * config.memory_utilization)
+    num_blocks = config.num_blocks or count_blocks(shape, memory_bytes, config.max_num_seqs, max_model_len)
+    info = RunnerInfo(
+        architecture=model.config.architecture,
+        model_digest=model_digest(directory),
+        weights_digest=weights.digest(directory),
+        dtype=config.dtype,
+        device=f"CPU, {torch.get_num_threads()} threads",
+        limits=Limits(
+            num_slots=config.max_num_seqs,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            vocab_size=model.config.vocab_size,
+            max_model_len=max_model_len,
+            max_tokens_per_step=config.max_tokens_per_step,
+        ),
+        graph_batch_sizes=(),
+    )
+    attention = ops.attention(num_kv_heads=shape.num_kv_heads, block_size=shape.block_size, dtype=dtype)
+    return ModelRunner(info, model, allocate_on_cpu(shape, num_blocks), attention, sample)
+
+
+class ModelRunner:
+    """See Runner. Every tensor lives on the device of `kv_caches`."""
+
+    def __init__(
+        self, info: RunnerInfo, model: CausalLM, kv_caches: list[Tensor], attention: AttentionBackend, sample: Sample
+    ) -> None:
+        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]."""
+        self._info = info
+        self._model = model
+        self._kv_caches = kv_caches
+        self._attention = attention
+        self._sample = sample
+        self.reset()
+
+    @property
+    def info(self) -> RunnerInfo:
+        """What the core needs to know; fixed from start to end."""
+        return self._info
+
+    def reset(self) -> None:
+        """Empty every slot; the KV entries are forgotten."""
+        self._ledger = Ledger.empty(self._info.limits)
+        device = self._kv_caches[0].device
+        self._slots = SlotState(self._info.limits, self._ledger.max_blocks_per_sequence, device)
+
+    def execute(self, plan: Plan) -> Iterator[StepOutput]:
+        """Run one plan, step by step, as the iterator is advanced; see Runner.
+
+        Raises: InvalidPlan, with the first output asked for and before anything has changed.
+        """
+        self._apply(plan)
+        if len(plan.prefill_slots):
+            yield self._prefill(plan)
+        elif not plan.iterations:
+            yield _output(plan.step_id, False, _NOTHING, time.perf_counter_ns())
+        for step_id in range(plan.step_id, plan.step_id + plan.iterations):
+            yield self._decode(step_id)
+
+    @torch.inference_mode()
+    def _apply(self, plan: Plan) -> None:
+        self._ledger = self._ledger.after(plan)
+        self._slots.apply(plan, self._ledger.append_columns(plan))
+
+    @torch.inference_mode()
+    def _prefill(self, plan: Plan) -> StepOutput:
+        start_ns = time.perf_counter_ns()
+        inputs = prefill_inputs(plan, self._slots, self._info.limits.block_size)
+        attend = self._attention.begin_prefill(inputs.metadata)
+        hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_caches, attend)
+        self._slots.prefilled(inputs.slots, inputs.ends)
+        sampled = self._sample_next(inputs.sampling_slots, hidden[inputs.sampling_rows])
+        return _output(plan.step_id, plan.iterations > 0, sampled, start_ns)
+
+    @torch.inference_mode()
+    def _decode(self, step_id: int) -> StepOutput:
+        start_ns = time.perf_counter_ns()
+        self._slots.refresh_decode_slots()
+        slots = self._slots.decode_slots
+        if not len(slots):
+            return _output(step_id, False, _NOTHING, start_ns)
+        inputs = decode_inputs(self._slots, self._info.limits.block_size)
+        attend = self._attention.begin_decode(inputs.metadata)
+        hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_caches, attend)
+        self._slots.prefilled(slots, inputs.positions + 1)
+        return _output(step_id, False, self._sample_next(slots, hidden), start_ns)
+
+    def _sample_next(self, slots: Tensor, hidden: Tensor) -> "_Sampled":
+        """Choose the next token of each slot; slots: [n] int64, hidden: [n, hidden_size]."""
+        if not len(slots):
+            return _NOTHING
+        logits = self._model.compute_logits(hidden)
+        is_finite = logits.sum(-1).isfinite()  # a sum is finite only where every term is
+        errors: list[tuple[int, str]] = []
+        if not bool(is_finite.all()):
+            failed, slots, logits = slots[~is_finite], slots[is_finite], logits[is_finite]
+            self._slots.end(failed)
+            self._ledger.end(_column(failed))
+            errors = [(slot, "non-finite logits") for slot in failed.tolist()]
+        positions = self._slots.context_len[slots]
+        token_ids = self._sample(logits, self._slots.sampling.select(slots), positions)
+        reasons = self._slots.sampled(slots, token_ids)
+        sampled = _Sampled(_column(slots), _column(token_ids), _column(reasons), errors)
+        self._ledger.end(sampled.slots[sampled.finish_reasons != CONTINUES])
+        return sampled
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sampled:
+    """What one phase chose; fields as in StepOutput."""
+
+    slots: Column
+    token_ids: Column
+    finish_reasons: Column
+    slot_errors: list[tuple[int, str]]
+
+
+_NOTHING = _Sampled(_NONE, _NONE, _NONE, [])
+
+
+def _column(values: Tensor) -> Column:
+    return values.to(device="cpu", dtype=torch.int32).numpy()
+
+
+def _output(step_id: int, partial: bool, sampled: _Sampled, start_ns: int) -> StepOutput:
+    elapsed_ns = time.perf_counter_ns() - start_ns
+    return StepOutput(
+        step_id, partial, sampled.slots, sampled.token_ids, sampled.finish_reasons, sampled.slot_errors, elapsed_ns
+    )

@@ -1,0 +1,278 @@
+"""The session protocol, and the one thread that runs plans on the device.
+
+Each stream has a reader, which decodes plans and queues them for the device, and a writer, which sends what comes
+back. The device thread runs what is queued, in order, and waits for no stream. Readers and writers live on one event
+loop, so what they do between two awaits is atomic: opening an epoch and queueing plans need no other lock.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+import uuid
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from executor_service.plan import InvalidPlan, Plan, decode_plan
+from executor_service.runner.runner import Runner, RunnerInfo, StepOutput
+from protos.duet.executor.v1 import executor_pb2 as pb
+
+PROTOCOL_VERSION = 1
+MAX_INFLIGHT_PLANS = 8  # the core sends at most four ahead; the rest is slack for a faster device
+
+Context = grpc.aio.ServicerContext[bytes, pb.RunSessionResponse]
+log = logging.getLogger(__name__)
+
+
+class SessionError(Exception):
+    """Ends a session with a status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wiped:
+    """The device's answer to an opening: what ran before is over and every slot is empty."""
+
+
+# What reaches a stream's writer. None: the client closed its side.
+_Event = _Wiped | StepOutput | SessionError | None
+
+
+class _Session:
+    """One stream, from its first message to its end. `ended` alone is also read and written by the device thread."""
+
+    def __init__(self) -> None:
+        self.epoch: int | None = None  # None until it was opened
+        self.is_wiped = False  # whether plans may come
+        self.ended = False  # its queued plans are dropped
+        self.next_step_id = 1
+        self.last_step_ids: collections.deque[int] = collections.deque()  # of each plan in flight
+        self.events: asyncio.Queue[_Event] = asyncio.Queue()  # holds results of MAX_INFLIGHT_PLANS plans at most
+
+    def end(self, error: SessionError | None) -> None:
+        """Drop what is queued and let the writer end the stream."""
+        self.ended = True
+        self.events.put_nowait(error)
+
+
+class Device:
+    """Runs one job after the other in a thread of its own: plans, and the wiping of slots between epochs."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[tuple[_Session, Plan | None] | None] = queue.SimpleQueue()
+        self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
+        self._thread = threading.Thread(target=self._run, name="device")
+        self._thread.start()
+
+    @property
+    def info(self) -> RunnerInfo:
+        """The runner's."""
+        return self._runner.info
+
+    def submit(self, session: _Session, plan: Plan | None) -> None:
+        """Queue a plan, or the wiping of slots (None). Its results go to the session; nothing runs once that ended."""
+        self._jobs.put((session, plan))
+
+    def close(self) -> None:
+        """Wait for the running job, of a session that ended, and end the thread."""
+        self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            session, plan = job
+            if session.ended:
+                continue
+            try:
+                self._run_job(session, plan)
+            except InvalidPlan as error:
+                session.ended = True  # here, since the next job may be this session's too
+                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+            except Exception as error:
+                log.exception("the device failed in epoch %s", session.epoch)
+                session.ended = True
+                self._post(session, SessionError(grpc.StatusCode.INTERNAL, f"the device failed: {error!r}"))
+                self._loop.call_soon_threadsafe(self.failed.set)
+                return
+
+    def _run_job(self, session: _Session, plan: Plan | None) -> None:
+        if plan is None:
+            self._runner.reset()
+            self._post(session, _Wiped())
+            return
+        output = None
+        for output in self._runner.execute(plan):
+            self._post(session, output)
+        assert output, "a plan without a result"
+        assert (output.step_id, output.partial) == (_last_step_id(plan), False), "the last step lacks its result"
+
+    def _post(self, session: _Session, event: _Event) -> None:
+        self._loop.call_soon_threadsafe(session.events.put_nowait, event)
+
+
+class SessionService:
+    """ExecutorService/RunSession over one device. Requests arrive as bytes, so that garbage gets a proper status."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._boot_id = uuid.uuid4().hex
+        self._last_epoch = 0
+        self._holder: _Session | None = None  # of the last epoch, alive or ended
+        self._sessions: set[_Session] = set()  # every stream, opened or waiting
+
+    async def run_session(self, _: object, context: Context) -> None:
+        """Serve one stream until the client closes it, breaks the protocol or is fenced."""
+        session = _Session()
+        self._sessions.add(session)
+        try:
+            await context.write(pb.RunSessionResponse(info=self._describe()))
+            reader = asyncio.create_task(self._read(session, context))
+            try:
+                await _write(session, context)
+            finally:
+                reader.cancel()
+        except SessionError as error:
+            log.info("epoch %s ends with %s: %s", session.epoch, error.code.name, error.message)
+            await context.abort(error.code, error.message)
+        finally:
+            session.ended = True
+            self._sessions.remove(session)
+
+    def end_all(self) -> None:
+        """End every session, because the executor stops."""
+        for session in self._sessions:
+            session.end(SessionError(grpc.StatusCode.UNAVAILABLE, "the executor is stopping"))
+
+    def _describe(self) -> pb.ExecutorInfo:
+        info, limits = self._device.info, self._device.info.limits
+        return pb.ExecutorInfo(
+            boot_id=self._boot_id,
+            protocol_version=PROTOCOL_VERSION,
+            last_epoch=self._last_epoch,
+            session_alive=self._holder is not None and not self._holder.ended,
+            architecture=info.architecture,
+            model_digest=info.model_digest,
+            weights_digest=info.weights_digest,
+            dtype=info.dtype,
+            device=info.device,
+            vocab_size=limits.vocab_size,
+            max_model_len=limits.max_model_len,
+            block_size=limits.block_size,
+            num_blocks=limits.num_blocks,
+            num_slots=limits.num_slots,
+            max_tokens_per_step=limits.max_tokens_per_step,
+            graph_batch_sizes=info.graph_batch_sizes,
+            tensor_parallel_size=1,
+            max_inflight_plans=MAX_INFLIGHT_PLANS,
+        )
+
+    async def _read(self, session: _Session, context: Context) -> None:
+        """Queue what the client sends until its side or the session ends."""
+        try:
+            while (data := await context.read()) is not grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
+                if session.ended:
+                    return  # what ended it tells the writer why
+                self._handle(session, data)
+            session.end(None)
+        except SessionError as error:
+            session.end(error)
+        except Exception as error:  # nobody awaits this task: the writer reports for it
+            log.exception("reading epoch %s failed", session.epoch)
+            session.end(SessionError(grpc.StatusCode.INTERNAL, repr(error)))
+
+    def _handle(self, session: _Session, data: bytes) -> None:
+        try:
+            request = pb.RunSessionRequest.FromString(data)
+        except DecodeError as error:
+            raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, "the bytes are no RunSessionRequest") from error
+        match request.WhichOneof("message"):
+            case "open":
+                self._open(session, request.open)
+            case "plan":
+                self._enqueue(session, request.plan)
+            case _:
+                raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, "neither open nor plan is set")
+
+    def _open(self, session: _Session, request: pb.OpenSession) -> None:
+        """Put the epoch in force, fencing the session before it. Its plans may come when the device has wiped."""
+        info = self._device.info
+        if session.epoch is not None:
+            raise _precondition("the session is open already")
+        if request.protocol_version != PROTOCOL_VERSION:
+            raise _precondition(f"protocol version {request.protocol_version}, this is {PROTOCOL_VERSION}")
+        if request.model_digest != info.model_digest:
+            raise _precondition(f"model_digest {request.model_digest!r}, this is {info.model_digest!r}")
+        if request.weights_digest not in ("", info.weights_digest):
+            raise _precondition(f"weights_digest {request.weights_digest!r}, this is {info.weights_digest!r}")
+        if request.epoch != self._last_epoch + 1:
+            message = f"epoch {request.epoch} does not follow {self._last_epoch}"
+            raise SessionError(grpc.StatusCode.ABORTED, message)
+        if self._holder and not self._holder.ended:
+            self._holder.end(SessionError(grpc.StatusCode.ABORTED, f"fenced by epoch {request.epoch}"))
+        session.epoch = self._last_epoch = request.epoch
+        self._holder = session
+        self._device.submit(session, None)
+
+    def _enqueue(self, session: _Session, message: pb.StepPlan) -> None:
+        if not session.is_wiped:
+            raise _precondition("a plan before the session was opened")
+        if message.epoch != session.epoch:
+            raise _precondition(f"a plan of epoch {message.epoch} in epoch {session.epoch}")
+        if message.step_id != session.next_step_id:
+            raise _precondition(f"step {message.step_id} where {session.next_step_id} is due")
+        if len(session.last_step_ids) >= MAX_INFLIGHT_PLANS:
+            raise _precondition(f"more than {MAX_INFLIGHT_PLANS} plans in flight")
+        try:
+            plan = decode_plan(message, self._device.info.limits)
+        except InvalidPlan as error:
+            raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        session.last_step_ids.append(_last_step_id(plan))
+        session.next_step_id = _last_step_id(plan) + 1
+        self._device.submit(session, plan)
+
+
+async def _write(session: _Session, context: Context) -> None:
+    """Send what the device produces; returns when the client closed its side. Raises: SessionError."""
+    while (event := await session.events.get()) is not None:
+        match event:
+            case SessionError():
+                raise event
+            case _Wiped():
+                assert session.epoch
+                session.is_wiped = True
+                await context.write(pb.RunSessionResponse(opened=pb.SessionOpened(epoch=session.epoch)))
+            case StepOutput():
+                # Settled before it is sent: the client may answer with a plan before the write returns.
+                if event.step_id == session.last_step_ids[0] and not event.partial:
+                    session.last_step_ids.popleft()
+                await context.write(pb.RunSessionResponse(result=_encode(event, session.epoch)))
+
+
+def _encode(output: StepOutput, epoch: int | None) -> pb.StepResult:
+    return pb.StepResult(
+        epoch=epoch,
+        step_id=output.step_id,
+        partial=output.partial,
+        slots=output.slots.astype("<i4", copy=False).tobytes(),
+        token_ids=output.token_ids.astype("<i4", copy=False).tobytes(),
+        finish_reasons=output.finish_reasons.astype("<i4", copy=False).tobytes(),
+        slot_errors=[pb.SlotError(slot=slot, message=message) for slot, message in output.slot_errors],
+        device_time_ns=output.device_time_ns,
+    )
+
+
+def _last_step_id(plan: Plan) -> int:
+    return plan.step_id + max(plan.iterations, 1) - 1
+
+
+def _precondition(message: str) -> SessionError:
+    return SessionError(grpc.StatusCode.FAILED_PRECONDITION, message)

@@ -1,0 +1,98 @@
+"""Reading tensors out of safetensors files, each checked against the shape that config.json promises."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from executor_service.weights.errors import InvalidCheckpoint
+from executor_service.weights.files import safetensors_files
+
+_FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """The part of a tensor that one rank holds: an equal range of `dim`."""
+
+    dim: int
+    rank: int
+    size: int
+
+
+class Checkpoint:
+    """The tensors of a model directory, each read once, in one dtype. Use as a context manager."""
+
+    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+        """Open every file and read its header. Raises: InvalidCheckpoint."""
+        self._dtype = dtype
+        self._directory = directory
+        self._exits = contextlib.ExitStack()
+        self._files: dict[str, Any] = {}  # tensor name -> open file
+        self._taken: set[str] = set()
+        try:
+            for path in safetensors_files(directory):
+                self._open(path)
+        except BaseException:
+            self._exits.close()
+            raise
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+
+    def _open(self, path: Path) -> None:
+        try:
+            file = self._exits.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise InvalidCheckpoint(f"{path} is damaged or cut short: {error}") from error
+        for name in file.keys():
+            if name in self._files:
+                raise InvalidCheckpoint(f"{path} holds {name!r}, which another file of {self._directory} holds too")
+            self._files[name] = file
+
+    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
+        """Read a tensor of `shape`, or its shard; the result is a copy in the checkpoint's dtype.
+
+        Raises: InvalidCheckpoint, where it is missing, has another shape or is no float.
+        """
+        if name not in self._files:
+            raise InvalidCheckpoint(f"{self._directory} lacks the tensor {name!r}")
+        stored = self._files[name].get_slice(name)
+        found = list(stored.get_shape())
+        if found != list(shape):
+            raise InvalidCheckpoint(
+                f"{name!r} in {self._directory} has shape {found}, but config.json says {list(shape)}"
+            )
+        if stored.get_dtype() not in _FLOATS:
+            raise InvalidCheckpoint(f"{name!r} in {self._directory} is {stored.get_dtype()}, not one of {_FLOATS}")
+        self._taken.add(name)
+        # A copy, because the file is only mapped: it may change or shrink once it is closed.
+        return _part(stored, shape, shard).to(self._dtype, copy=True)
+
+    def finish(self, ignored: frozenset[str]) -> None:
+        """Raises: InvalidCheckpoint, where a tensor was neither taken nor is to be ignored."""
+        unknown = sorted(
+            name
+            for name in self._files
+            if name not in self._taken and name not in ignored and not name.endswith(".rotary_emb.inv_freq")
+        )
+        if unknown:
+            raise InvalidCheckpoint(
+                f"{self._directory} holds tensors that the model has no use for: {len(unknown)}, such as {unknown[0]!r}"
+            )
+
+
+def _part(stored: Any, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
+    if shard is None:
+        return stored[:]
+    length = shape[shard.dim] // shard.size
+    index = [slice(None)] * len(shape)
+    index[shard.dim] = slice(shard.rank * length, (shard.rank + 1) * length)
+    return stored[tuple(index)]
