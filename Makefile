@@ -1,0 +1,96 @@
+# Duet's commands; `make help` lists them. Everything installed lands in .venv and .venv-protos.
+
+PYTHON ?= python3
+LISTEN ?= 127.0.0.1:50051
+EXECUTOR ?= 127.0.0.1:50052
+# MODEL: Hugging Face directory to serve; the default model is fetched where it is not given.
+# ARGS: further flags of the command behind a target.
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PROTOS_VENV := .venv-protos
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_BENCH := $(VENV)/.installed-bench
+INSTALLED_PROTOS := $(PROTOS_VENV)/.installed
+
+PROTOS := protos/duet/inference/v1/inference.proto protos/duet/executor/v1/executor.proto
+PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constraints.txt
+# Commands for a recipe: the model's directory in $$model, or the end of the recipe.
+FIND_MODEL := model='$(MODEL)'; [ -n "$$model" ] || model=$$($(PY) -m executor_service.weights.default_model) || exit 1
+# $(call make_venv,DIRECTORY): an environment with pip in it, unless it is there.
+define make_venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo 'Duet needs Python 3.11 or newer: set PYTHON to one.' >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo 'Python cannot make virtual environments: install the package python3-venv.' >&2; exit 1; }
+@test -x $(1)/bin/pip || $(PYTHON) -m venv --clear $(1)
+endef
+generate_stubs = $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I . \
+	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
+
+.DEFAULT_GOAL := help
+.PHONY: help run run-scheduler run-executor bench test check fix protos check-protos clean
+
+help: ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo '  Variables: MODEL=/path LISTEN=host:port EXECUTOR=host:port ARGS="--flag value" PYTHON=python3'
+
+run: $(INSTALLED) ## Set everything up and serve a model until Ctrl-C
+	@$(FIND_MODEL); exec $(VENV)/bin/duet serve "$$model" --listen $(LISTEN) --executor-listen $(EXECUTOR) $(ARGS)
+
+run-scheduler: $(INSTALLED) ## Serve with the scheduler service alone
+	@$(FIND_MODEL); exec $(PY) -m scheduler_service --model "$$model" --listen $(LISTEN) --executor $(EXECUTOR) $(ARGS)
+
+run-executor: $(INSTALLED) ## Compute with the executor service alone
+	@$(FIND_MODEL); exec $(PY) -m executor_service --model "$$model" --listen $(EXECUTOR) $(ARGS)
+
+bench: $(INSTALLED_BENCH) ## Measure beside other engines and store the figures
+	@$(FIND_MODEL); exec $(PY) -m benchmarks --model "$$model" $(ARGS)
+
+test: $(INSTALLED_DEV) ## Run every test that needs no GPU
+	$(PY) -m pytest $(ARGS)
+
+check: $(INSTALLED_DEV) check-protos ## Check style, types, import rules, protocols, stubs; count lines
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/pyright --pythonpath $(PY)
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/buf lint
+	$(PY) tools/line_count.py
+
+fix: $(INSTALLED_DEV) ## Mend what ruff can mend
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+protos: $(INSTALLED_PROTOS) ## Generate the Python stubs anew
+	$(call generate_stubs,.)
+
+check-protos: $(INSTALLED_PROTOS) ## Fail where the committed stubs differ from the protocols
+	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate_stubs,"$$fresh") && \
+	diff -rq --exclude='*.proto' --exclude=__init__.py --exclude=__pycache__ "$$fresh/protos" protos || \
+	{ echo 'The stubs are not those of the protocols: run "make protos".' >&2; exit 1; }
+
+clean: ## Remove the environments and all caches
+	rm -rf $(VENV) $(PROTOS_VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(PY) $(PIP_INSTALL) --editable '.[scheduler,executor,model]'
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(PY) $(PIP_INSTALL) --editable '.[scheduler,executor,model,dev]'
+	@touch $@ $(INSTALLED)
+
+# xllamacpp is llama.cpp, one of the engines to measure beside.
+$(INSTALLED_BENCH): $(INSTALLED_DEV)
+	$(PY) $(PIP_INSTALL) xllamacpp
+	@touch $@
+
+$(INSTALLED_PROTOS): constraints.txt
+	$(call make_venv,$(PROTOS_VENV))
+	$(PROTOS_VENV)/bin/python -m pip install --disable-pip-version-check "$$(grep '^grpcio-tools==' constraints.txt)"
+	@touch $@

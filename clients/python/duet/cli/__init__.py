@@ -1,0 +1,1 @@
+"""The command `duet`: one module for each of its subcommands."""

@@ -1,0 +1,63 @@
+"""`duet serve`: both services in the foreground."""
+
+import argparse
+import os
+import shutil
+import sys
+import threading
+from typing import Any
+
+from duet.client import DEFAULT_ADDRESS
+from duet.launch import service_children, wait_for_session
+from servicekit.logs import log_to_stderr
+from servicekit.supervisor import Supervisor, bind_to_parent, stop_on_signals
+
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "*": "127.0.0.1"}
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "serve",
+        allow_abbrev=False,  # an abbreviation could be another service's flag
+        help="start a server on this machine",
+        description="Start the scheduler service and the executor service, restart what dies, stop both on Ctrl-C.",
+        epilog="Further flags are passed on: see `python -m scheduler_service --help` and "
+        "`python -m executor_service --help`.",
+    )
+    parser.add_argument("model", help="Hugging Face directory of a supported model")
+    parser.add_argument("--listen", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="for clients (%(default)s)")
+    parser.add_argument(
+        "--executor-listen", default="127.0.0.1:50052", metavar="HOST:PORT", help="of the executor (%(default)s)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Supervise both services until Ctrl-C or SIGTERM."""
+    bind_to_parent()
+    log_to_stderr("duet")
+    stop = stop_on_signals()
+    address = client_address(args.listen)
+
+    def announce() -> None:
+        if wait_for_session(address, stop):
+            print(f"\nReady at {args.listen}. Try this in another terminal:\n\n  {_example(address)}\n", flush=True)
+
+    supervisor = Supervisor(
+        service_children(args.model, args.listen, args.executor_listen, args.rest),
+        on_ready=lambda: threading.Thread(target=announce, daemon=True).start(),
+    )
+    return 1 if supervisor.run(stop) else 0
+
+
+def client_address(listen: str) -> str:
+    """Where a client on this machine finds a server that listens at `listen`."""
+    host, _, port = listen.rpartition(":")
+    return f"{_WILDCARDS.get(host, host)}:{port}"
+
+
+def _example(address: str) -> str:
+    where = "" if address == DEFAULT_ADDRESS else f" --address {address}"
+    started_as = sys.argv[0] if os.path.basename(sys.argv[0]) == "duet" else "python -m duet"
+    return f"{'duet' if shutil.which('duet') else started_as} chat{where}"
