@@ -1,0 +1,300 @@
+"""An executor whose KV rows hold the hash of the prefix that was written there, and whose tokens follow from it.
+
+It knows nothing of requests: what it checks is the protocol, and that every read sees the reader's own prefix.
+"""
+
+import dataclasses
+import random
+from collections import Counter, deque
+
+import numpy as np
+
+from executor_service.plan import Limits, NewSequence, Plan, decode_plan
+from executor_service.runner.runner import CONTINUES, LENGTH, STOPPED
+from protos.duet.executor.v1 import executor_pb2 as pb
+
+EMPTY_PREFIX = 0
+DAMAGED = -1  # written by a step that failed, or by one that read such a row; no hash is -1
+
+
+class ProtocolViolation(AssertionError):
+    """The core planned something that an executor could not run, or that reads what is not its own."""
+
+
+def extend_hash(prefix: int, token: int) -> int:
+    """The hash of a prefix and the token after it."""
+    return hash((prefix, token))
+
+
+def next_token(prefix: int, seed: int, vocab_size: int) -> int:
+    """What follows a prefix: the deterministic stand-in for model and sampler."""
+    return hash((prefix, seed, 7)) % vocab_size
+
+
+def finish_reason(token: int, num_tokens: int, stop_token_ids: set[int], max_total_tokens: int) -> int:
+    """Whether a sequence that holds `num_tokens` tokens, `token` the last, goes on."""
+    if token in stop_token_ids:
+        return STOPPED
+    return LENGTH if num_tokens == max_total_tokens else CONTINUES
+
+
+@dataclasses.dataclass
+class Sequence:
+    """What stands in a slot."""
+
+    seed: int  # unlike any other request's, so it names the request
+    tokens: list[int]
+    hashes: list[int]  # [len(tokens)] of the prefix that ends with each token
+    num_known: int  # tokens it came with
+    max_total_tokens: int
+    stop_token_ids: set[int]
+    blocks: list[int]
+    rows: list[int]  # [len(blocks) * block_size] where each position's KV entry lies
+    num_planned: int  # positions that plans have covered
+    done: bool = False
+    damaged: bool = False  # it read a damaged row
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledRow:
+    """A token on its way to the core."""
+
+    seed: int
+    token: int
+    reason: int
+    clean: bool  # computed from undamaged rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A message, and what the test may know about it."""
+
+    message: bytes
+    rows: list[SampledRow]
+    failed_seeds: list[int]
+
+
+class FakeExecutor:
+    """One epoch of an executor. Plans are received, run and answered whenever the driver says so, in order."""
+
+    def __init__(self, limits: Limits, max_inflight_plans: int, epoch: int, rng: random.Random) -> None:
+        self.limits = limits
+        self.slots: dict[int, Sequence] = {}
+        self.decode_set: dict[int, None] = {}
+        self.queued: deque[Plan] = deque()
+        self.results: deque[Result] = deque()
+        self.failure_rate = 0.0  # of a row, in each step
+        self.device_time_ns = 0
+        self.injected_seeds: set[int] = set()  # of sequences that failed by no fault of another
+        self.counts: Counter[str] = Counter()
+        self._rng = rng
+        self._epoch = epoch
+        self._max_inflight_plans = max_inflight_plans
+        self._next_step_id = 1
+        self._last_step_ids: deque[int] = deque()  # of each plan whose last result was not taken
+        self._kv: list[int | None] = [None] * (limits.num_blocks * limits.block_size)
+        self._holders: Counter[int] = Counter()  # block -> slots whose table has it
+
+    @property
+    def num_plans_in_flight(self) -> int:
+        """Plans received whose last result was not taken."""
+        return len(self._last_step_ids)
+
+    def receive(self, data: bytes) -> None:
+        """Queue an encoded plan."""
+        message = pb.StepPlan.FromString(data)
+        _check(message.epoch == self._epoch, "a plan of another epoch")
+        _check(message.step_id == self._next_step_id, "a gap in the step ids")
+        plan = decode_plan(message, self.limits)
+        self._next_step_id += max(1, plan.iterations)
+        self._last_step_ids.append(self._next_step_id - 1)
+        _check(self.num_plans_in_flight <= self._max_inflight_plans, "too many plans in flight")
+        self.queued.append(plan)
+
+    def take_result(self) -> Result:
+        """The oldest result that was not taken."""
+        result = self.results.popleft()
+        message = pb.StepResult.FromString(result.message)
+        if message.step_id == self._last_step_ids[0] and not message.partial:
+            self._last_step_ids.popleft()
+        return result
+
+    def run_plan(self) -> None:
+        """Run the oldest queued plan."""
+        plan = self.queued.popleft()
+        self._change_slots(plan)
+        first_rows, failed = self._prefill(plan)
+        for slot in plan.join_slots.tolist():
+            self._join(slot, plan)
+        for slot in plan.leave_slots.tolist():
+            _check(slot in self.decode_set, "a slot leaves the decode set that is not in it")
+            del self.decode_set[slot]
+        num_rows = int(plan.prefill_counts.sum()) + (len(self.decode_set) if plan.iterations else 0)
+        _check(0 < num_rows <= self.limits.max_tokens_per_step, f"{num_rows} tokens in a step")
+        self.counts["plans of several steps"] += plan.iterations > 1
+        if plan.iterations == 0 or first_rows or failed:
+            self._answer(plan.step_id, plan.iterations > 0, first_rows, failed)
+        for index in range(plan.iterations):
+            self._answer(plan.step_id + index, False, *self._decode())
+
+    # --- slots and block tables ----------------------------------------------------------------------------------
+
+    def _change_slots(self, plan: Plan) -> None:
+        for slot in plan.release_slots.tolist():
+            _check(slot in self.slots, "an empty slot is released")
+            self._holders.subtract(self.slots.pop(slot).blocks)
+            self.decode_set.pop(slot, None)
+        for sequence in plan.new_sequences:
+            self._seat(sequence)
+        for slot, block in zip(plan.append_slots.tolist(), plan.append_blocks.tolist(), strict=True):
+            _check(slot in self.slots, "an empty slot gets a block")
+            self._give(self.slots[slot], block)
+            self.counts["appended blocks"] += 1
+
+    def _seat(self, new: NewSequence) -> None:
+        limits = self.limits
+        _check(new.slot not in self.slots, "a new sequence in an occupied slot")
+        _check(new.num_cached_tokens % limits.block_size == 0, "half a block is cached")
+        _check(len(new.block_ids) == -(-len(new.token_ids) // limits.block_size), "more blocks than tokens need")
+        sequence = Sequence(
+            seed=new.sampling.seed,
+            tokens=[],
+            hashes=[],
+            num_known=len(new.token_ids),
+            max_total_tokens=new.max_total_tokens,
+            stop_token_ids=set(new.stop_token_ids.tolist()),
+            blocks=[],
+            rows=[],
+            num_planned=new.num_cached_tokens,
+        )
+        for token in new.token_ids.tolist():
+            _append_token(sequence, token)
+        num_hits = new.num_cached_tokens // limits.block_size
+        for index, block in enumerate(new.block_ids.tolist()):
+            self._give(sequence, block, shared=index < num_hits)
+        self.slots[new.slot] = sequence
+        self.counts["hits"] += num_hits > 0
+        self.counts["resumed sequences"] += len(new.token_ids) > new.num_prompt_tokens
+
+    def _give(self, sequence: Sequence, block: int, *, shared: bool = False) -> None:
+        _check(block not in sequence.blocks, "a block twice in one table")
+        _check(shared or self._holders[block] <= 0, f"block {block} is in two tables and was no hit")
+        self._holders[block] += 1
+        sequence.blocks.append(block)
+        size = self.limits.block_size
+        _check(len(sequence.blocks) <= -(-self.limits.max_model_len // size), "a table longer than a sequence")
+        sequence.rows += range(block * size, (block + 1) * size)
+
+    def _join(self, slot: int, plan: Plan) -> None:
+        _check(slot in self.slots and slot not in self.decode_set, "a slot joins that is empty or joined before")
+        _check(slot not in plan.prefill_slots, "a slot joins in the plan of its chunk")
+        sequence = self.slots[slot]
+        _check(sequence.num_planned == sequence.num_known, "a slot joins before its sampling chunk")
+        self.decode_set[slot] = None
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    def _prefill(self, plan: Plan) -> tuple[list[tuple[int, SampledRow]], list[int]]:
+        """All chunks read, then all write: a plan sees nothing that it writes itself but through its own chunk."""
+        columns = (plan.prefill_slots, plan.prefill_starts, plan.prefill_counts, plan.prefill_samples)
+        chunks = list(zip(*(column.tolist() for column in columns), strict=True))
+        _check(len({chunk[0] for chunk in chunks}) == len(chunks), "two chunks of one slot")
+        spans: dict[int, tuple[int, int]] = {}
+        sampling: set[int] = set()
+        for slot, start, count, samples in chunks:
+            _check(slot in self.slots and slot not in self.decode_set, "a chunk of an empty or decoding slot")
+            sequence, end = self.slots[slot], start + count
+            _check(count > 0 and start == sequence.num_planned, "chunks are not contiguous")
+            _check(bool(samples) == (end == sequence.num_known), "samples before the last known token, or not there")
+            sequence.num_planned = end
+            if sequence.done:  # its last chunk failed
+                self._write(sequence, start, end, damaged=True)
+            else:
+                spans[slot] = (start, end)
+                sampling.update([slot] if samples else [])
+        failed = self._compute(spans)
+        return [(slot, self._sample(slot)) for slot in spans if slot in sampling and slot not in failed], failed
+
+    def _decode(self) -> tuple[list[tuple[int, SampledRow]], list[int]]:
+        """One step of every slot in the decode set that is not done."""
+        slots = [slot for slot in self.decode_set if not self.slots[slot].done]
+        lengths = {slot: len(self.slots[slot].tokens) for slot in slots}
+        failed = self._compute({slot: (length - 1, length) for slot, length in lengths.items()})
+        return [(slot, self._sample(slot)) for slot in slots if slot not in failed], failed
+
+    def _compute(self, spans: dict[int, tuple[int, int]]) -> list[int]:
+        """Read the context of each slot's positions [start, end), then write them; returns the slots that failed."""
+        failed: list[int] = []
+        for slot, (start, end) in spans.items():
+            sequence = self.slots[slot]
+            _check(end <= len(sequence.rows), "positions beyond the block table")
+            self._read(sequence, start)
+            if self._fails(sequence):
+                failed.append(slot)
+        for slot, (start, end) in spans.items():
+            sequence = self.slots[slot]
+            self._write(sequence, start, end, damaged=sequence.damaged or slot in failed)
+            sequence.done |= slot in failed
+        return failed
+
+    def _write(self, sequence: Sequence, start: int, end: int, *, damaged: bool) -> None:
+        for position in range(start, end):
+            row = sequence.rows[position]
+            _check(self._holders[row // self.limits.block_size] == 1, "a write to a block that another slot holds")
+            self._kv[row] = DAMAGED if damaged else sequence.hashes[position]
+
+    def _read(self, sequence: Sequence, length: int) -> None:
+        seen = [self._kv[row] for row in sequence.rows[:length]]
+        if seen == sequence.hashes[:length]:
+            return
+        for position, (value, own) in enumerate(zip(seen, sequence.hashes, strict=False)):
+            _check(value in (own, DAMAGED), f"position {position} of {length} reads another prefix")
+        sequence.damaged = True
+
+    def _fails(self, sequence: Sequence) -> bool:
+        """A damaged context gives an error or, worse, a token; any other step fails now and then."""
+        if sequence.damaged:
+            return self._rng.random() < 0.5
+        if self._rng.random() >= self.failure_rate:
+            return False
+        self.injected_seeds.add(sequence.seed)
+        return True
+
+    def _sample(self, slot: int) -> SampledRow:
+        sequence = self.slots[slot]
+        token = next_token(sequence.hashes[-1], sequence.seed, self.limits.vocab_size)
+        if sequence.damaged:
+            token = (token + 1) % self.limits.vocab_size
+        _append_token(sequence, token)
+        reason = finish_reason(token, len(sequence.tokens), sequence.stop_token_ids, sequence.max_total_tokens)
+        sequence.done = reason != CONTINUES
+        return SampledRow(sequence.seed, token, reason, not sequence.damaged)
+
+    def _answer(self, step_id: int, partial: bool, rows: list[tuple[int, SampledRow]], failed: list[int]) -> None:
+        message = pb.StepResult(
+            epoch=self._epoch,
+            step_id=step_id,
+            partial=partial,
+            slots=_column([slot for slot, _ in rows]),
+            token_ids=_column([row.token for _, row in rows]),
+            finish_reasons=_column([row.reason for _, row in rows]),
+            slot_errors=[pb.SlotError(slot=slot, message="not finite") for slot in failed],
+            device_time_ns=self.device_time_ns,
+        )
+        seeds = [self.slots[slot].seed for slot in failed]
+        self.results.append(Result(message.SerializeToString(), [row for _, row in rows], seeds))
+
+
+def _append_token(sequence: Sequence, token: int) -> None:
+    prefix = sequence.hashes[-1] if sequence.hashes else EMPTY_PREFIX
+    sequence.tokens.append(token)
+    sequence.hashes.append(extend_hash(prefix, token))
+
+
+def _column(values: list[int]) -> bytes:
+    return np.array(values, dtype="<i4").tobytes()
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise ProtocolViolation(message)
