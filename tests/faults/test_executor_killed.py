@@ -1,0 +1,59 @@
+"""kill -9 of the executor under load: a client sees a pause, and then the very tokens that it would have seen."""
+
+import os
+import random
+import signal
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from duet import LLM, SamplingParams
+from tests.faults.processes import descendants
+from tests.golden.oracle import NearTie, Oracle, Reference, assert_same_tokens
+from tests.golden.prompts import prompt_token_ids
+
+NUM_STREAMS = 16
+NUM_TOKENS = 40
+ROUNDS = 10
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+
+@pytest.mark.timeout(600)
+def test_every_stream_ends_as_if_the_executor_had_never_been_killed(oracle: Oracle) -> None:
+    everything = prompt_token_ids(oracle.model)
+    prompts = {name: everything[name][:64] for name in list(everything)[:NUM_STREAMS]}
+    references = dict(zip(prompts, oracle.generate_all(list(prompts.values()), NUM_TOKENS), strict=True))
+    rng = random.Random(5)
+    ties: list[NearTie] = []
+    recoveries = 0
+    with LLM(str(oracle.model), dtype="float32", num_blocks=128) as llm:
+        start = time.monotonic()
+        llm.generate(list(prompts.values()), GREEDY, use_tqdm=False)
+        undisturbed_s = time.monotonic() - start
+        for number in range(ROUNDS):
+            delay_s = rng.uniform(0.05, 0.9) * undisturbed_s
+            outputs = _generate_and_kill(llm, list(prompts.values()), delay_s)
+            recoveries += sum(output["recoveries"] for output in outputs)
+            for output, (name, reference) in zip(outputs, references.items(), strict=True):
+                ties += _check(output, reference, oracle, f"round {number}, {name}")
+    print(f"{len(ties)} near ties forgiven; streams that outlived an executor: {recoveries} of {ROUNDS * NUM_STREAMS}")
+    assert recoveries >= ROUNDS
+
+
+def _generate_and_kill(llm: LLM, prompts: list[list[int]], delay_s: float) -> list[dict[str, Any]]:
+    results: list[list[dict[str, Any]]] = []
+    thread = threading.Thread(target=lambda: results.append(llm.generate(prompts, GREEDY, use_tqdm=False)))
+    thread.start()
+    time.sleep(delay_s)
+    (rank,) = descendants("executor_service.rank")
+    os.kill(rank, signal.SIGKILL)
+    thread.join()
+    assert results, "a stream failed"
+    return results[0]
+
+
+def _check(output: dict[str, Any], reference: Reference, oracle: Oracle, name: str) -> list[NearTie]:
+    assert output["finish_reason"] == "length"
+    return assert_same_tokens(output["token_ids"], reference, oracle, name)

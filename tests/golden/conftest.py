@@ -1,0 +1,3 @@
+from tests.golden.oracle import oracle
+
+__all__ = ["oracle"]
