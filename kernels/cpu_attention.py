@@ -105,6 +105,9 @@ def _decode_group(
 ) -> DecodeGroup:
     num_keys = max(lengths)
     blocks = block_tables[:, : -(-num_keys // block_size)]
+    # Padding reads the sequence's own first block: masked or not, a NaN in another's would spread (0 * NaN is NaN).
+    held = -(-torch.tensor(lengths) // block_size)
+    blocks = blocks.where(torch.arange(blocks.shape[1]) < held[:, None], blocks[:, :1])
     mask = None
     if min(lengths) < num_keys:
         is_padding = torch.arange(num_keys) >= torch.tensor(lengths)[:, None]

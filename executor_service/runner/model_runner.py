@@ -152,6 +152,7 @@ class ModelRunner:
             failed, slots, logits = slots[~is_finite], slots[is_finite], logits[is_finite]
             self._slots.end(failed)
             self._ledger.end(_column(failed))
+            self._scrub(failed)
             errors = [(slot, "non-finite logits") for slot in failed.tolist()]
         positions = self._slots.context_len[slots]
         token_ids = self._sample(logits, self._slots.sampling.select(slots), positions)
@@ -159,6 +160,15 @@ class ModelRunner:
         sampled = _Sampled(_column(slots), _column(token_ids), _column(reasons), errors)
         self._ledger.end(sampled.slots[sampled.finish_reasons != CONTINUES])
         return sampled
+
+    def _scrub(self, slots: Tensor) -> None:
+        """Make the slots' KV entries finite: a later holder of the blocks reads them behind a mask, and 0 * NaN is NaN.
+
+        Entries that are finite, such as a shared prefix's, stay as they are.
+        """
+        blocks = self._slots.block_tables[slots].flatten().unique()
+        for kv_cache in self._kv_caches:
+            kv_cache[blocks] = kv_cache[blocks].nan_to_num_()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -238,6 +238,23 @@ def test_non_finite_logits_end_one_slot_alone(runner: ModelRunner, oracle: Llama
     assert core.tokens[1] == greedy(oracle, C, 3)
 
 
+def test_a_nan_reaches_neither_the_padding_of_others_nor_the_next_holder(
+    runner: ModelRunner, oracle: LlamaForCausalLM
+) -> None:
+    core = Core(runner)
+    core.run([sequence(1, A, [5, 1])], **chunks((1, 0, 13, 1)))  # leaves block 1 in the table of slot 1
+    core.run([sequence(0, A, [0, 1, 2]), sequence(1, C, [3])], release_slots=[1], **chunks((0, 0, 13, 1), (1, 0, 1, 1)))
+    core.tokens.clear()
+    for cache in runner._kv_caches:
+        cache[1] = torch.nan
+    (output,) = core.run(join_slots=[0, 1], iterations=1)
+    assert (output.slot_errors, output.slots.tolist()) == ([(0, "non-finite logits")], [1])
+    core.run([sequence(2, C, [1]), sequence(0, A, [4, 6])], release_slots=[0], **chunks((2, 0, 1, 1), (0, 0, 13, 1)))
+    outputs = core.run(join_slots=[0, 2], iterations=2)
+    assert [output.slot_errors for output in outputs] == [[], []]
+    assert core.tokens[2] == greedy(oracle, C, 3)
+
+
 def test_a_plan_of_nothing_but_releases_has_one_empty_result(runner: ModelRunner) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1])], **chunks((0, 0, 13, 1)))
