@@ -65,7 +65,7 @@ class _Attention:
             qk = self._ops.rms_norm(qk, self._qk_norm, self._eps)
         qk = self._ops.rope(qk, cos, sin)
         attended = attend(qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, num_rotated:], kv_cache)
-        return self._output(attended.view(x.shape[0], -1))
+        return self._output(attended.reshape(x.shape[0], -1))
 
 
 class _DecoderLayer:
