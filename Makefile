@@ -57,6 +57,7 @@ check: $(INSTALLED_DEV) check-protos ## Check style, types, import rules, protoc
 	$(VENV)/bin/pyright --pythonpath $(PY)
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
+	$(PY) -m tools.readme --check
 	$(PY) tools/line_count.py
 
 fix: $(INSTALLED_DEV) ## Mend what ruff can mend

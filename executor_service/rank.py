@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 from executor_service.config import ExecutorConfig
 from executor_service.runner.runner import Runner
@@ -24,20 +25,23 @@ def main() -> int:
     # torch takes seconds to import: only now, when this process can no longer outlive its supervisor.
     from executor_service.runner.model_runner import build_runner
 
-    try:
-        runner = build_runner(config)
-    except ModelError as error:
-        log.error("%s", error)
-        return EXIT_GAVE_UP
-    return asyncio.run(_serve(runner, config.listen))
+    # Only one thread may ever compute: each that does gets OpenMP workers of its own, and with more of them than
+    # cores they stop spinning at barriers, which makes a decode step half as slow again.
+    with ThreadPoolExecutor(1, "device") as device_thread:
+        try:
+            runner = device_thread.submit(build_runner, config).result()
+        except ModelError as error:
+            log.error("%s", error)
+            return EXIT_GAVE_UP
+        return asyncio.run(_serve(runner, device_thread, config.listen))
 
 
-async def _serve(runner: Runner, address: str) -> int:
+async def _serve(runner: Runner, device_thread: ThreadPoolExecutor, address: str) -> int:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     try:
-        is_sound = await serve(runner, address, stop, on_listening=lambda port: notify_ready())
+        is_sound = await serve(runner, device_thread, address, stop, on_listening=lambda port: notify_ready())
     except ListenError as error:  # the port may be free at the next start
         log.error("%s", error)
         return 1

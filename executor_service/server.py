@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -36,15 +37,20 @@ class ListenError(Exception):
 
 
 async def serve(
-    runner: Runner, address: str, stop: asyncio.Event, on_listening: Callable[[int], None] = lambda port: None
+    runner: Runner,
+    device_thread: ThreadPoolExecutor,
+    address: str,
+    stop: asyncio.Event,
+    on_listening: Callable[[int], None] = lambda port: None,
 ) -> bool:
     """Serve sessions on `address` (host:port; port 0: any) until `stop` is set or the device fails.
 
-    `on_listening` gets the port. Returns whether the device was sound at the end. Raises: ListenError.
+    `device_thread`: the one worker in which plans run. `on_listening` gets the port. Returns whether the device was
+    sound at the end. Raises: ListenError.
     """
     server = grpc.aio.server(options=_OPTIONS)
     port = _listen(server, address)
-    device = Device(runner)
+    device = Device(runner, device_thread)
     try:
         sessions = SessionService(device)
         healthy = _add_services(server, sessions)

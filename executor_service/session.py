@@ -10,8 +10,8 @@ import collections
 import dataclasses
 import logging
 import queue
-import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -65,13 +65,13 @@ class _Session:
 class Device:
     """Runs one job after the other in a thread of its own: plans, and the wiping of slots between epochs."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, thread: ThreadPoolExecutor) -> None:
+        """`thread`: one worker, the one that built the runner (see rank.py)."""
         self._runner = runner
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[tuple[_Session, Plan | None] | None] = queue.SimpleQueue()
         self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
-        self._thread = threading.Thread(target=self._run, name="device")
-        self._thread.start()
+        self._running = thread.submit(self._run)
 
     @property
     def info(self) -> RunnerInfo:
@@ -85,7 +85,7 @@ class Device:
     def close(self) -> None:
         """Wait for the running job, of a session that ended, and end the thread."""
         self._jobs.put(None)
-        self._thread.join()
+        self._running.result()
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -22,12 +22,13 @@ def pack_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tenso
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
     run = torch.ops.mkldnn._linear_pointwise.default
     padded = weight.new_zeros(_MIN_ROWS, weight.shape[1])
+    rows = [padded[:num_rows] for num_rows in range(_MIN_ROWS)]  # made once: a slice costs as much as the copy
 
     def linear(x: Tensor) -> Tensor:
         num_rows = x.shape[0]
         if num_rows >= _MIN_ROWS:
             return run(x, packed, bias, "none", [], "")
-        padded[:num_rows] = x
+        rows[num_rows].copy_(x)
         return run(padded, packed, bias, "none", [], "")[:num_rows]
 
     return linear

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
@@ -124,15 +125,16 @@ class Core:
 @contextlib.asynccontextmanager
 async def running(runner: ScriptedRunner) -> AsyncIterator[Executor]:
     stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
-    serving = asyncio.create_task(serve(runner, "127.0.0.1:0", stop, listening.set_result))
-    address = f"127.0.0.1:{await listening}"
-    async with grpc.aio.insecure_channel(address) as channel:
-        try:
-            yield Executor(runner, address, channel, serving)
-        finally:
-            runner.gate.set()
-            stop.set()
-            await serving
+    with ThreadPoolExecutor(1) as thread:
+        serving = asyncio.create_task(serve(runner, thread, "127.0.0.1:0", stop, listening.set_result))
+        address = f"127.0.0.1:{await listening}"
+        async with grpc.aio.insecure_channel(address) as channel:
+            try:
+                yield Executor(runner, address, channel, serving)
+            finally:
+                runner.gate.set()
+                stop.set()
+                await serving
 
 
 @pytest.fixture
@@ -512,8 +514,8 @@ async def test_a_stopping_executor_ends_its_sessions_with_unavailable() -> None:
 
 
 async def test_a_second_executor_on_the_port_fails_with_one_sentence(executor: Executor) -> None:
-    with pytest.raises(ListenError, match=executor.address):
-        await serve(ScriptedRunner(), executor.address, asyncio.Event())
+    with ThreadPoolExecutor(1) as thread, pytest.raises(ListenError, match=executor.address):
+        await serve(ScriptedRunner(), thread, executor.address, asyncio.Event())
 
 
 async def test_health_and_reflection_are_served(executor: Executor) -> None:
