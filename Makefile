@@ -30,7 +30,7 @@ generate_stubs = $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-scheduler run-executor bench test check fix protos check-protos clean
+.PHONY: help run run-scheduler run-executor bench test check fix protos check-protos check-breaking clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -51,7 +51,7 @@ bench: $(INSTALLED_BENCH) ## Measure beside other engines and store the figures
 test: $(INSTALLED_DEV) ## Run every test that needs no GPU
 	$(PY) -m pytest $(ARGS)
 
-check: $(INSTALLED_DEV) check-protos ## Check style, types, import rules, protocols, stubs; count lines
+check: $(INSTALLED_DEV) check-protos check-breaking ## Check style, types, import rules, protocols, stubs; count lines
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/pyright --pythonpath $(PY)
@@ -71,6 +71,10 @@ check-protos: $(INSTALLED_PROTOS) ## Fail where the committed stubs differ from 
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && $(call generate_stubs,"$$fresh") && \
 	diff -rq --exclude='*.proto' --exclude=__init__.py --exclude=__pycache__ "$$fresh/protos" protos || \
 	{ echo 'The stubs are not those of the protocols: run "make protos".' >&2; exit 1; }
+
+check-breaking: $(INSTALLED_DEV) ## Fail where the protocols break those of origin/main
+	@if ! git rev-parse --verify -q origin/main:protos >/dev/null; then echo 'No protocols at origin/main to compare with.'; \
+	else $(VENV)/bin/buf breaking --against '.git#ref=origin/main'; fi
 
 clean: ## Remove the environments and all caches
 	rm -rf $(VENV) $(PROTOS_VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info build dist

@@ -9,8 +9,6 @@ import asyncio
 import dataclasses
 import importlib.metadata
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -18,11 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.machine import describe_machine
 from benchmarks.peers_common import OUTPUT_TOKENS, PROMPT_TOKENS, STREAMS
 from duet import LLM
 from duet.cli.bench import Scenario, median, run_scenario
-
-PACKAGES = ("torch", "grpcio", "protobuf", "transformers", "tokenizers", "numpy", "xllamacpp")
 
 
 def main() -> int:
@@ -83,29 +80,6 @@ def measure_peer(name: str, model: str) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         subprocess.run([sys.executable, str(script), *model_flag, "--json", file.name], check=True)
         return json.loads(Path(file.name).read_text())
-
-
-def describe_machine() -> dict[str, Any]:
-    """Where and with what the figures were made."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False).stdout != ""
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "commit": commit + ("+changes" if dirty else ""),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "cpu": models[0].partition(": ")[2] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed_version(name))},
-    }
-
-
-def installed_version(name: str) -> str | None:
-    """The version of a package, or None where it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def print_table(engines: list[dict[str, Any]]) -> None:

@@ -7,7 +7,6 @@ the frame for the front end. The executor's part is not measured. Run: `python -
 import argparse
 import gc
 import json
-import platform
 import random
 import statistics
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.machine import describe_machine
 from protos.duet.executor.v1 import executor_pb2 as pb
 from scheduler_service.core.epoch import ExecutorLimits
 from scheduler_service.core.outbox import Outbox
@@ -158,7 +158,7 @@ def main() -> None:
             f"{row['plan_median_bytes']:>12.0f} B{row['plan_max_bytes']:>9} B"
         )
     if args.json is not None:
-        report = {"python": platform.python_version(), "machine": platform.machine(), "core_step": figures}
+        report = {"machine": describe_machine(), "core_step": figures}
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

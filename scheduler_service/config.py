@@ -14,8 +14,14 @@ class SchedulerConfig:
     listen: str = setting("127.0.0.1:50051", "address for clients, host:port")
     executor: str = setting("127.0.0.1:50052", "address of the executor service, host:port")
     core_socket: str | None = setting(None, "path of the core's Unix socket (default: a temporary one)")
-    queue_order: str = setting("fcfs", "order of admission", choices=("fcfs", "priority", "shortest-remaining"))
-    max_waiting: int = setting(4096, "requests in the waiting queue before new ones are refused")
-    max_inflight_steps: int = setting(2, "plans sent ahead of their results")
-    max_decode_stall_ms: int = setting(400, "how long waiting prompts may hold up running streams, milliseconds")
-    max_pause_s: float = setting(60.0, "how long a request waits for an executor before UNAVAILABLE, seconds")
+    queue_order: str = setting(
+        "fcfs",
+        "order of admission (preemption is last come, first out)",
+        choices=("fcfs", "priority", "shortest-remaining"),
+    )
+    max_waiting: int = setting(4096, "requests in the waiting queue before new ones are refused", least=1)
+    max_inflight_steps: int = setting(2, "plans sent ahead of their results", least=1)
+    max_decode_stall_ms: int = setting(
+        400, "how long waiting prompts may hold up running streams, milliseconds", least=0
+    )
+    max_pause_s: float = setting(60.0, "how long a request waits for an executor before UNAVAILABLE, seconds", least=0)

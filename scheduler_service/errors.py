@@ -9,9 +9,16 @@ DuetError
 ├── ExecutorUnavailable      UNAVAILABLE          the caller retries elsewhere
 ├── DeadlineExceeded         DEADLINE_EXCEEDED
 └── InternalError            INTERNAL             our own bug; the message holds an id that is in the log
+
+gRPC itself refuses a message over 24 MiB with RESOURCE_EXHAUSTED and no ErrorInfo; clients take that as InvalidRequest.
 """
 
+import logging
+import uuid
+
 import grpc
+
+log = logging.getLogger(__name__)
 
 
 class DuetError(Exception):
@@ -67,6 +74,13 @@ class DeadlineExceeded(DuetError):
 
 
 class InternalError(DuetError):
-    """A bug of ours."""
+    """A bug of ours, or a failure of the device; made by `logged_internal_error`."""
 
     code = grpc.StatusCode.INTERNAL
+
+
+def logged_internal_error(cause: Exception | str, told: str = "") -> InternalError:
+    """A bug of ours as a client sees it; the log has the cause under the same id, the client only what it is `told`."""
+    error_id = uuid.uuid4().hex[:12]
+    log.error("internal error %s: %s", error_id, cause, exc_info=cause if isinstance(cause, Exception) else None)
+    return InternalError(f"internal error {error_id}{told}; the server's log has more under this id")

@@ -4,15 +4,26 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 
 
-def setting(default: Any, help_text: str, *, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a flag; `default` of dataclasses.MISSING makes the flag required."""
-    return dataclasses.field(default=default, metadata={"help": help_text, "choices": choices})
+def setting(
+    default: Any,
+    help_text: str,
+    *,
+    choices: Sequence[str] | None = None,
+    least: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A dataclass field that is also a flag; `default` of dataclasses.MISSING makes the flag required.
+
+    `parse` refuses a number below `least` or above `most`.
+    """
+    metadata = {"help": help_text, "choices": choices, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse(cls: type[T], argv: Sequence[str] | None, *, prog: str, description: str) -> T:
@@ -43,9 +54,25 @@ def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hi
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     parser.add_argument(
         _flag(field.name),
-        type=hint,
+        type=_bounded(hint, field.metadata["least"], field.metadata["most"]),
         default=field.default,
         required=field.default is dataclasses.MISSING,
         choices=field.metadata["choices"],
         help=field.metadata["help"],
     )
+
+
+def _bounded(kind: Callable[[str], Any], least: float | None, most: float | None) -> Callable[[str], Any]:
+    if least is None and most is None:
+        return kind
+
+    def convert(text: str) -> Any:
+        value = kind(text)
+        if least is not None and not value >= least:  # so put, NaN is refused too
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if most is not None and not value <= most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
+        return value
+
+    convert.__name__ = kind.__name__  # argparse's message for what is no number names it
+    return convert

@@ -43,7 +43,7 @@ class _Process:
     child: Child
     popen: subprocess.Popen[bytes] | None = None  # None while it waits for its next start
     ready_fd: int | None = None  # read end of the pipe; None once it was heard or closed
-    is_ready: bool = False
+    ready_at: float | None = None  # time.monotonic() seconds; None until then
     failed_starts: int = 0  # in a row
     start_at: float = 0.0  # time.monotonic() seconds
 
@@ -51,10 +51,10 @@ class _Process:
 class Supervisor:
     """Starts children and restarts those that die.
 
-    A start that ends before the child was ready is a failed one: the next waits 0.1 s, twice as long each time, 5 s
-    at most, and after `max_failed_starts` in a row the supervisor gives up. A child that was ready is restarted at
-    once. A child that exits with EXIT_GAVE_UP ends the supervisor too. `on_ready` is called once, when every child
-    has been ready.
+    A start whose child ends before it was ready, or less than `stable_s` after, is a failed one: the next waits
+    0.1 s, twice as long each time, 5 s at most, and after `max_failed_starts` in a row the supervisor gives up. A child
+    that was ready for longer is restarted at once and ends the row. A child that exits with EXIT_GAVE_UP ends the
+    supervisor too. `on_ready` is called once, when every child has been ready.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Supervisor:
         *,
         on_ready: Callable[[], None] | None = None,
         max_failed_starts: int = 5,
+        stable_s: float = 2.0,
         first_backoff_s: float = 0.1,
         max_backoff_s: float = 5.0,
         grace_s: float = 10.0,
@@ -71,6 +72,7 @@ class Supervisor:
         self._unheard = {child.name for child in children}  # those that have not been ready yet
         self._on_ready = on_ready
         self._max_failed_starts = max_failed_starts
+        self._stable_s = stable_s
         self._first_backoff_s = first_backoff_s
         self._max_backoff_s = max_backoff_s
         self._grace_s = grace_s  # between SIGTERM and SIGKILL
@@ -96,7 +98,7 @@ class Supervisor:
             self._stop_all()
 
     def _start(self, process: _Process) -> None:
-        process.is_ready = False
+        process.ready_at = None
         process.ready_fd, write_fd = os.pipe()
         os.set_blocking(process.ready_fd, False)
         links = {_READY_FD: str(write_fd), _PARENT_PID: str(os.getpid())}
@@ -125,7 +127,7 @@ class Supervisor:
         process.ready_fd = None
         if not heard:  # closed without a word
             return
-        process.is_ready, process.failed_starts = True, 0
+        process.ready_at = time.monotonic()
         if self._unheard:
             self._unheard.discard(process.child.name)
             if not self._unheard and self._on_ready:
@@ -137,16 +139,17 @@ class Supervisor:
         if status == EXIT_GAVE_UP:
             log.error("%s cannot go on (%s): giving up", name, how)
             return False
-        if process.is_ready:
+        if process.ready_at is not None and time.monotonic() - process.ready_at >= self._stable_s:
             log.warning("%s ended (%s): restarting it", name, how)
-            process.start_at = 0.0
+            process.failed_starts, process.start_at = 0, 0.0
             return True
+        when = "before it was ready" if process.ready_at is None else "as soon as it was ready"
         process.failed_starts += 1
         if process.failed_starts >= self._max_failed_starts:
-            log.error("%s ended before it was ready (%s), %d times: giving up", name, how, process.failed_starts)
+            log.error("%s ended %s (%s), failed start %d in a row: giving up", name, when, how, process.failed_starts)
             return False
         delay_s = min(self._first_backoff_s * 2 ** (process.failed_starts - 1), self._max_backoff_s)
-        log.warning("%s ended before it was ready (%s): starting it again in %.1f s", name, how, delay_s)
+        log.warning("%s ended %s (%s): starting it again in %.1f s", name, when, how, delay_s)
         process.start_at = time.monotonic() + delay_s
         return True
 

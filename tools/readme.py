@@ -1,9 +1,10 @@
-"""Fills in the parts of README.md that come from elsewhere: the flags out of the services' settings.
+"""Fills in what README.md takes from elsewhere: flags out of the settings, figures out of benchmarks/results.
 
-`python tools/readme.py` rewrites the file; with `--check` it only says whether it would change.
+`python -m tools.readme` rewrites the file; with `--check` it only says whether it would change.
 """
 
 import dataclasses
+import json
 import re
 import sys
 from pathlib import Path
@@ -12,36 +13,76 @@ from typing import Any
 from executor_service.config import ExecutorConfig
 from scheduler_service.config import SchedulerConfig
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def main() -> int:
     """Rewrite or check; returns the exit status."""
-    old = README.read_text()
-    new = old
-    for name, settings in (("scheduler flags", SchedulerConfig), ("executor flags", ExecutorConfig)):
-        marks = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        new = re.sub(marks, lambda match, s=settings: match[1] + flag_table(s) + match[2], new, flags=re.DOTALL)
-    if "--check" in sys.argv:
-        if new != old:
-            print('README.md is not up to date: run "python tools/readme.py".', file=sys.stderr)
-        return int(new != old)
-    README.write_text(new)
+    parts = {
+        "scheduler flags": flag_table(SchedulerConfig),
+        "executor flags": flag_table(ExecutorConfig),
+        "figures": figure_table(json.loads((RESULTS / "cpu.json").read_text())),
+        "core figures": core_table(json.loads((RESULTS / "core_step.json").read_text())),
+    }
+    old = new = README.read_text()
+    for name, text in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        new = pattern.sub(lambda match, text=text: match[1] + text + match[2], new)
+    if "--check" not in sys.argv:
+        README.write_text(new)
+    elif new != old:
+        print('README.md is not up to date: run "python -m tools.readme".', file=sys.stderr)
+        return 1
     return 0
 
 
 def flag_table(settings: type) -> str:
     """The dataclass's fields as a Markdown table."""
-    rows = [_row(field) for field in dataclasses.fields(settings)]
+    rows = [_flag_row(field) for field in dataclasses.fields(settings)]
     return "| flag | default | meaning |\n| --- | --- | --- |\n" + "".join(rows)
 
 
-def _row(field: "dataclasses.Field[Any]") -> str:
+def _flag_row(field: "dataclasses.Field[Any]") -> str:
     missing = field.default is dataclasses.MISSING
     default = "required" if missing else "" if field.default is None else f"`{field.default}`"
     choices = field.metadata["choices"]
     meaning = field.metadata["help"] + (f": {', '.join(choices)}" if choices else "")
     return f"| `--{field.name.replace('_', '-')}` | {default} | {meaning} |\n"
+
+
+def figure_table(report: dict[str, Any]) -> str:
+    """What `make bench` stored, as a sentence and a Markdown table."""
+    machine, engines = report["machine"], report["engines"]
+    ours = engines[0]["streams"]
+    rows = []
+    for engine in engines:
+        for streams, figures in engine["streams"].items():
+            ratio = ours[streams]["output_tokens_per_s"] / figures["output_tokens_per_s"]
+            cells = [
+                f"{figures[name]:.0f}" for name in ("output_tokens_per_s", "ttft_ms_p50", "gap_ms_p50", "gap_ms_p99")
+            ]
+            rows.append(f"| {engine['name']} | {streams} | {' | '.join(cells)} | {ratio:.2f} |\n")
+    return (
+        f"`make bench` on {machine['cores']} cores ({machine['cpu']}), SmolLM2-135M-Instruct, 128 random tokens in, "
+        f"128 out, greedy, commit {machine['commit'][:9]}, {machine['date'][:10]}:\n\n"
+        "| engine | streams | output tok/s | first token p50, ms | gap p50, ms | gap p99, ms | ours / this |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
+    )
+
+
+def core_table(report: dict[str, Any]) -> str:
+    """What benchmarks.core_step stored, as a Markdown table."""
+    rows = [
+        f"| {row['running']} | {row['median_us'] / 1e3:.2f} | {row['p99_us'] / 1e3:.2f} | "
+        f"{row['plan_median_bytes']:.0f} | {row['plan_max_bytes']} |\n"
+        for row in report["core_step"]
+    ]
+    return (
+        "| running sequences | CPU a step, median, ms | p99, ms | bytes of a plan, median | most |\n"
+        "| ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
+    )
 
 
 if __name__ == "__main__":

@@ -7,11 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from executor_service.weights import ModelError
+from executor_service.weights.errors import UnfitSettings
 
-
-class UnfitSettings(ModelError):
-    """The settings ask for more than the model or the machine has; the message names the flags to change."""
+_CGROUP = Path("/sys/fs/cgroup")  # within a container, the container's own cgroup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +58,25 @@ def allocate_on_cpu(shape: KVCacheShape, num_blocks: int) -> list[Tensor]:
 
 
 def available_memory_bytes() -> int:
-    """Bytes of main memory that this machine can give to new allocations without swapping."""
+    """Bytes of main memory that this machine and our cgroup can give to new allocations without swapping."""
+    machine_bytes, cgroup_bytes = _machine_memory_bytes(), _cgroup_memory_bytes()
+    return machine_bytes if cgroup_bytes is None else min(machine_bytes, cgroup_bytes)
+
+
+def _machine_memory_bytes() -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, value, *_ = line.split()
         if name == "MemAvailable:":
             return int(value) * 1024
     raise RuntimeError("/proc/meminfo has no MemAvailable line")
+
+
+def _cgroup_memory_bytes() -> int | None:
+    """What is left of the limit of cgroup v2; None without one."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+    except FileNotFoundError:
+        return None
+    if limit == "max":
+        return None
+    return max(int(limit) - int((_CGROUP / "memory.current").read_text()), 0)

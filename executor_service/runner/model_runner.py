@@ -18,7 +18,6 @@ from executor_service.models import CausalLM, load_model
 from executor_service.plan import Column, Limits, Plan
 from executor_service.runner.kv_cache import (
     KVCacheShape,
-    UnfitSettings,
     allocate_on_cpu,
     available_memory_bytes,
     count_blocks,
@@ -27,6 +26,7 @@ from executor_service.runner.ledger import Ledger
 from executor_service.runner.runner import CONTINUES, RunnerInfo, StepOutput
 from executor_service.runner.slots import SlotState
 from executor_service.runner.step_inputs import decode_inputs, prefill_inputs
+from executor_service.weights.errors import UnfitSettings
 from kernels.sampling import SamplingColumns, sample
 from servicekit.digest import model_digest
 
@@ -43,18 +43,20 @@ def build_runner(config: ExecutorConfig) -> "ModelRunner":
     Sets the number of threads of torch, for the whole process.
     Raises: ModelError, where the model, the settings and the machine do not fit.
     """
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if config.num_threads is None else config.num_threads)
     directory, ops, dtype = Path(config.model), CpuOps(), _DTYPES[config.dtype]
     model = load_model(directory, dtype=dtype, device_ops=ops)
-    max_model_len = config.max_model_len or model.config.max_position_embeddings
-    if max_model_len > model.config.max_position_embeddings:
-        limit = model.config.max_position_embeddings
+    limit = model.config.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if max_model_len > limit:
         raise UnfitSettings(f"--max-model-len {max_model_len} is more than the {limit} positions of the model")
     shape = KVCacheShape(
         model.config.num_layers, model.config.num_kv_heads, config.block_size, model.config.head_dim, dtype
     )
-    memory_bytes = int(available_memory_bytes() * config.memory_utilization)
-    num_blocks = config.num_blocks or count_blocks(shape, memory_bytes, config.max_num_seqs, max_model_len)
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        memory_bytes = int(available_memory_bytes() * config.memory_utilization)
+        num_blocks = count_blocks(shape, memory_bytes, config.max_num_seqs, max_model_len)
     info = RunnerInfo(
         architecture=model.config.architecture,
         model_digest=model_digest(directory),

@@ -3,7 +3,8 @@
 ModelError
 ├── InvalidConfig       config.json is missing, broken or contradicts itself
 ├── InvalidCheckpoint   a file of weights is missing or damaged, or its tensors are not what config.json promises
-└── UnsupportedModel    sound, but of a kind that is not implemented
+├── UnsupportedModel    sound, but of a kind that is not implemented
+└── UnfitSettings       the settings, the model and the machine do not fit each other
 """
 
 
@@ -21,3 +22,7 @@ class InvalidCheckpoint(ModelError):
 
 class UnsupportedModel(ModelError):
     """The model needs something that is not implemented."""
+
+
+class UnfitSettings(ModelError):
+    """The settings, the model and the machine do not fit each other; the message names the flag to change."""

@@ -28,7 +28,7 @@ from servicekit.digest import model_digest
 SWEEP_INTERVAL_S = 0.05
 RECONNECT_S = 0.2
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -110,7 +110,7 @@ class Engine:
             max_model_len=info.max_model_len,
             max_cache_tokens=info.num_blocks * info.block_size,
         )
-        logger.info("epoch %d on %s: %s", session.epoch, info.device, limits)
+        log.info("epoch %d on %s: %s", session.epoch, info.device, limits)
         self._session, self._last_reason = session, ""
         self._num_sessions += 1
         self.pool.begin_epoch(limits)
@@ -123,7 +123,7 @@ class Engine:
             return
         self._session, self._executor_lost_at = None, time.monotonic()
         self.pool.end_epoch()
-        logger.warning("epoch %d is over; %d requests wait for an executor", session.epoch, len(self.pool.waiting))
+        log.warning("epoch %d is over; %d requests wait for an executor", session.epoch, len(self.pool.waiting))
         self._frontends.broadcast_status()
 
     def _tell_why(self, error: Exception) -> None:
@@ -134,7 +134,7 @@ class Engine:
             details = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
             reason = f"no executor session: {details}"
         if reason != self._last_reason:
-            logger.info("%s", reason)
+            log.warning("%s", reason)
             self._last_reason = reason
 
     async def _sweep(self) -> None:

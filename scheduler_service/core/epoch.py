@@ -31,7 +31,7 @@ class DecodeSet:
     """The requests that decode in every step, with their lengths in columns so that a steady step has no loop."""
 
     def __init__(self, num_slots: int) -> None:
-        self._members: dict[int, Request] = {}  # slot -> request, in the order of joining
+        self._members: dict[int, Request] = {}  # slot -> request
         self._columns: tuple[Column, list[Request]] | None = None
         self._num_scheduled = np.zeros(num_slots, dtype=np.int32)  # [num_slots] positions that sent plans write
         self._max_total = np.zeros(num_slots, dtype=np.int32)  # [num_slots] tokens
@@ -42,7 +42,8 @@ class DecodeSet:
     def columns(self) -> tuple[Column, list[Request]]:
         """Slots  # [num_decoding] int32, and their requests. Never changed in place, so a record may keep them."""
         if self._columns is None:
-            self._columns = (np.array(list(self._members), dtype=np.int32), list(self._members.values()))
+            slots = sorted(self._members)  # as the executor answers them
+            self._columns = (np.array(slots, dtype=np.int32), [self._members[slot] for slot in slots])
         return self._columns
 
     def join(self, request: Request) -> None:
@@ -97,7 +98,8 @@ class Epoch:
         self.num_plans_in_flight = 0
         self.next_step_id = 1
         self.settled_step_id = 0
-        self.decode_step_ns = 0.0  # moving average of the device time of a decode-only step
+        self.decode_step_ns = 0.0  # moving average of the device time of a decode-only step; 0: none yet
+        self.prefill_token_ns = 0.0  # the same for each token of a prefill phase
         self.stalled_since: float | None = None  # when waiting prompts began to hold up decoding, monotonic seconds
 
     def seat(self, request: Request, hits: list[int]) -> int:
@@ -129,6 +131,11 @@ class Epoch:
         """Slots that the plan being built must release; it may give them out again, since releases come first."""
         released, self.released_slots = self.released_slots, []
         return released
+
+    def prefill_s(self, num_more_tokens: int) -> float:
+        """Seconds that the prefill in flight and `num_more_tokens` more will take, as far as it was measured."""
+        num_tokens = sum(record.num_prefill_tokens for record in self.records) + num_more_tokens
+        return num_tokens * self.prefill_token_ns / 1e9
 
     def is_in_flight(self, request: Request) -> bool:
         """Whether a step that is not settled may still bring a token of this waiting request."""

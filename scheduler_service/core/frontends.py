@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MAX_UNREAD_BYTES = 256 << 20  # a front end that leaves more than this unread hangs, and is cut off
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class Connection:
@@ -45,7 +45,7 @@ class Connection:
     def send(self, message: CoreMessage) -> None:
         """Queue a message; cuts off a front end that does not read."""
         if self._writer.transport.get_write_buffer_size() > MAX_UNREAD_BYTES:
-            logger.error("a front end has stopped reading: cutting it off")
+            log.error("a front end has stopped reading: cutting it off")
             self._writer.transport.abort()
         else:
             self._writer.write(encode_frame(message))
@@ -98,7 +98,7 @@ class Frontends:
                 self._handle(connection, message)
                 self._engine.pump()
         except msgspec.DecodeError:
-            logger.exception("a front end sent what is no message: hanging up")
+            log.exception("a front end sent what is no message: hanging up")
         finally:
             self._connections.discard(connection)
             writer.close()
@@ -137,7 +137,7 @@ class Frontends:
         limit = self._engine.max_total_tokens
         wanted = limit if message.max_tokens is None else len(token_ids) + message.max_tokens
         if len(token_ids) >= limit or wanted > limit:
-            raise ContextLengthExceeded(f"{wanted} tokens are wanted, {limit} fit")
+            raise ContextLengthExceeded(f"{wanted} tokens are wanted, {limit} fit", field="stop.max_tokens")
         return Request(
             request_id=message.request_id,
             outbox=connection.outbox,

@@ -1,7 +1,6 @@
 """Every living request, and the ways in which one begins, pauses and ends."""
 
 import dataclasses
-import heapq
 
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.core.epoch import Epoch, ExecutorLimits
@@ -9,7 +8,6 @@ from scheduler_service.core.outbox import Outbox
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.waiting_queue import Order, WaitingQueue
 from scheduler_service.errors import (
-    ContextLengthExceeded,
     DeadlineExceeded,
     DuetError,
     DuplicateRequest,
@@ -44,7 +42,6 @@ class RequestPool:
         self.counters = Counters()
         self._max_waiting = max_waiting
         self._num_arrivals = 0
-        self._deadlines: list[tuple[float, int, Request]] = []  # a heap; entries of finished requests are stale
 
     def submit(self, request: Request) -> None:
         """Queue a new request.
@@ -59,8 +56,6 @@ class RequestPool:
         request.arrival = self._num_arrivals
         self.requests[request.request_id] = request
         self.waiting.push(request)
-        if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.arrival, request))
 
     def finish(self, request: Request, reason: int, stop_token_id: int | None = None) -> None:
         """End a living request and tell its stream; `reason` is a FinishReason of inference.proto."""
@@ -129,10 +124,9 @@ class RequestPool:
 
     def expire(self, now: float) -> None:
         """Fail every request whose deadline has passed, waiting or running; `now` in monotonic seconds."""
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[-1]
-            if request.state is not RequestState.FINISHED:
-                self.fail(request, DeadlineExceeded("the deadline passed"))
+        late = [r for r in self.requests.values() if r.deadline is not None and r.deadline <= now]
+        for request in late:
+            self.fail(request, DeadlineExceeded("the deadline passed"))
 
     def fail_older_than(self, arrival_time: float, message: str) -> None:
         """Fail with UNAVAILABLE every request that arrived before `arrival_time`, monotonic seconds."""
@@ -145,19 +139,20 @@ class RequestPool:
         self.epoch = Epoch(limits)
         for request in [r for r in self.requests.values() if r.max_total_tokens > limits.max_total_tokens]:
             message = f"the new executor holds {limits.max_total_tokens} tokens, too few for this request"
-            self.fail(request, ContextLengthExceeded(message))
+            self.fail(request, ExecutorUnavailable(message))
 
     def end_epoch(self) -> None:
         """The executor is lost, with every KV entry, every slot and the tokens of all plans in flight."""
         assert self.epoch is not None
         running, self.epoch = list(self.epoch.running.values()), None
-        for request in self.waiting:
-            request.in_flight_until = 0
         for request in running:
             request.slot = None
-            request.in_flight_until = 0
             request.recoveries += 1
             self._queue_again(request)
+        for request in self.waiting:
+            request.in_flight_until = 0
+            request.block_digests.clear()  # the next executor may have blocks of another size
+            request.num_cached_blocks = 0
 
     def _queue_again(self, request: Request) -> None:
         request.state = RequestState.WAITING

@@ -14,6 +14,8 @@ from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.step_plan import NO_ROWS, Chunk, StepPlan, StepRecord, new_sequence
 
 MAX_ITERATED_NS = 4e6  # a plan of several decode steps takes at most this long on the device
+MAX_ITERATIONS = 16
+MAX_DEFERRED = 64  # twins of prompts in the plan that are looked at before the rest waits for the next plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Scheduler:
             any_preempted = self._decode(epoch, plan)
             self._prefill(epoch, plan, budget - len(epoch.decode_set), now, admit=not any_preempted)
         if not plan.chunks and not plan.iterations:
-            epoch.leaving = leaving
+            epoch.leaving = [request for request in leaving if request.slot is not None]
             return None
         plan.release_slots = epoch.take_released_slots()
         plan.leave_slots = [request.slot for request in leaving if request.slot is not None]
@@ -70,9 +72,14 @@ class Scheduler:
         return joined
 
     def _may_stall_decode(self, epoch: Epoch, now: float) -> bool:
+        """Whether one more plan of prefill only keeps the decode set waiting no longer than it may.
+
+        The device is behind by the prefill in flight, and would be by a full plan more.
+        """
         if epoch.stalled_since is None or not epoch.decode_set:
             return True
-        return now - epoch.stalled_since < self._policy.max_decode_stall_s
+        stall_s = now - epoch.stalled_since + epoch.prefill_s(epoch.limits.max_tokens_per_step)
+        return stall_s < self._policy.max_decode_stall_s
 
     def _track_stall(self, epoch: Epoch, plan: StepPlan, now: float) -> None:
         if not plan.chunks or not epoch.decode_set:
@@ -91,7 +98,10 @@ class Scheduler:
         if not admit:
             return
         deferred: list[Request] = []
-        while budget and (request := self._pool.waiting.peek()) is not None and self._can_seat(epoch, request):
+        while budget and len(deferred) < MAX_DEFERRED:
+            request = self._pool.waiting.peek()
+            if request is None or not self._can_seat(epoch, request):
+                break
             extend_digests(request.block_digests, request.token_ids, epoch.blocks.block_size, request.cache_salt)
             hits = epoch.blocks.find_prefix(request.block_digests, request.token_ids)
             if self._awaits_twin(epoch, plan, request, len(hits)):
@@ -180,7 +190,8 @@ class Scheduler:
         """Decode steps for one plan: several only while nothing waits, blocks suffice and the steps are short."""
         if self._pool.waiting or epoch.prefilling or not epoch.decode_step_ns:
             return 1
-        iterations = min(int(MAX_ITERATED_NS / epoch.decode_step_ns), epoch.decode_set.min_remaining())
+        iterations = int(MAX_ITERATED_NS / epoch.decode_step_ns)
+        iterations = min(iterations, MAX_ITERATIONS, epoch.decode_set.min_remaining())
         if iterations <= 1:
             return 1
         _, lacking = epoch.decode_set.blocks_short(epoch.blocks.table_lens, epoch.blocks.block_size, iterations)
@@ -191,11 +202,14 @@ class Scheduler:
     def _record(self, epoch: Epoch, plan: StepPlan) -> None:
         """Remember what the plan will bring, and let later plans hit the blocks it completes."""
         prefilled = {chunk.slot: chunk.request for chunk in plan.chunks}
+        num_prefill_tokens = sum(chunk.count for chunk in plan.chunks)
         decode_slots, decode_requests = epoch.decode_set.columns() if plan.iterations else NO_ROWS
         num_steps = max(1, plan.iterations)
         for index in range(num_steps):
             ends_plan = index == num_steps - 1
-            record = StepRecord(plan.step_id + index, ends_plan, prefilled, decode_slots, decode_requests)
+            record = StepRecord(
+                plan.step_id + index, ends_plan, prefilled, num_prefill_tokens, decode_slots, decode_requests
+            )
             epoch.records.append(record)
         epoch.next_step_id += num_steps
         epoch.num_plans_in_flight += 1

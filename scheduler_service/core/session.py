@@ -14,6 +14,7 @@ from scheduler_service.core.step_plan import StepPlan, StepResult, decode_result
 PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 64 << 20
 CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # an executor is never behind one
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 10_000),

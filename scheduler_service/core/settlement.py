@@ -12,7 +12,7 @@ from scheduler_service.core.prefix_cache import extend_digests
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.step_plan import StepRecord, StepResult
-from scheduler_service.errors import InternalError
+from scheduler_service.errors import logged_internal_error
 
 FINISH_REASON_STOP = 1  # as in StepResult.finish_reasons and in inference.proto's FinishReason
 STEP_TIME_SMOOTHING = 0.2
@@ -32,9 +32,9 @@ def apply_result(pool: RequestPool, result: StepResult) -> None:
             pool.counters.output_tokens += 1
     for slot, message in result.slot_errors:
         _fail_slot(pool, epoch, _holders(record)[slot], message)
+    _measure(epoch, record, result)
     if not result.partial:
         pool.counters.steps += 1
-        _measure(epoch, record, result)
         epoch.settle()
 
 
@@ -79,7 +79,8 @@ def _fail_slot(pool: RequestPool, epoch: Epoch, request: Request, message: str) 
     if request.spoiled:
         return
     if request.state is not RequestState.FINISHED:
-        pool.fail(request, InternalError(f"the executor failed on this request: {message}"))
+        cause = f"the executor failed on request {request.request_id}: {message}"
+        pool.fail(request, logged_internal_error(cause, told=f", {message}"))
     first = request.num_cached_blocks
     for digest in request.block_digests[first : first + 1]:
         epoch.blocks.retract(digest, first)
@@ -91,9 +92,14 @@ def _fail_slot(pool: RequestPool, epoch: Epoch, request: Request, message: str) 
 
 
 def _measure(epoch: Epoch, record: StepRecord, result: StepResult) -> None:
-    """Follow the device time of decode-only steps, by which plans of several steps are sized."""
-    if record.prefilled or not result.device_time_ns:
-        return
-    if not epoch.decode_step_ns:
-        epoch.decode_step_ns = float(result.device_time_ns)
-    epoch.decode_step_ns += STEP_TIME_SMOOTHING * (result.device_time_ns - epoch.decode_step_ns)
+    """Follow the device times by which plans of several steps are sized and stalls foreseen."""
+    if record.num_prefill_tokens:
+        if result.partial or not len(record.decode_slots):
+            token_ns = result.device_time_ns / record.num_prefill_tokens
+            epoch.prefill_token_ns = _smoothed(epoch.prefill_token_ns, token_ns)
+    elif len(result.slots):  # a step whose rows were all done took no time
+        epoch.decode_step_ns = _smoothed(epoch.decode_step_ns, result.device_time_ns)
+
+
+def _smoothed(average: float, value: float) -> float:
+    return average + STEP_TIME_SMOOTHING * (value - average) if average else value

@@ -98,6 +98,7 @@ class StepRecord:
     step_id: int
     ends_plan: bool  # the last step of its plan
     prefilled: dict[int, Request]  # slot -> request of each chunk
+    num_prefill_tokens: int
     decode_slots: Column  # [num_decoding]
     decode_requests: list[Request]  # [num_decoding], in the order of decode_slots
 

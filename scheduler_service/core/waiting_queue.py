@@ -1,12 +1,12 @@
 """The waiting queue and the orders in which it admits."""
 
-import heapq
+import bisect
 from collections.abc import Callable, Iterator
 
 from scheduler_service.core.request import Request
 
 Order = Callable[[Request], tuple[int, ...]]
-"""Sort key of a waiting request, smallest first, fixed while it waits. Ties go to the earlier arrival."""
+"""Sort key of a waiting request, smallest first, taken when it is queued. Ties go to the earlier arrival."""
 
 
 def first_come_first_served(request: Request) -> tuple[int, ...]:
@@ -35,40 +35,36 @@ ORDERS: dict[str, Order] = {
 
 
 class WaitingQueue:
-    """A heap of requests; removal is lazy."""
+    """The waiting requests, sorted by the order's key."""
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        self._heap: list[tuple[tuple[int, ...], Request]] = []
-        self._members: set[Request] = set()
+        self._entries: list[tuple[tuple[int, ...], Request]] = []  # keys end with the arrival, so they are unique
+        self._keys: dict[Request, tuple[int, ...]] = {}
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self._entries)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._members)
+        return iter(self._keys)
 
     def push(self, request: Request) -> None:
         """Add a request that is not in the queue."""
-        assert request not in self._members
-        self._members.add(request)
-        heapq.heappush(self._heap, (self._order(request), request))
+        assert request not in self._keys
+        self._keys[request] = self._order(request)
+        bisect.insort(self._entries, (self._keys[request], request))
 
     def peek(self) -> Request | None:
         """The next request to admit, or None."""
-        while self._heap and self._heap[0][1] not in self._members:
-            heapq.heappop(self._heap)
-        return self._heap[0][1] if self._heap else None
+        return self._entries[0][1] if self._entries else None
 
     def pop(self) -> Request:
         """Remove and return what peek shows."""
-        request = self.peek()
-        assert request is not None
-        self.remove(request)
+        request = self._entries.pop(0)[1]
+        del self._keys[request]
         return request
 
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it stands."""
-        self._members.remove(request)
-        if self._heap and self._heap[0][1] is request:
-            heapq.heappop(self._heap)
+        key = self._keys.pop(request)
+        del self._entries[bisect.bisect_left(self._entries, key, key=lambda entry: entry[0])]

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from scheduler_service import errors, ipc
-from scheduler_service.errors import DuetError, ExecutorUnavailable, InternalError
+from scheduler_service.errors import DuetError, ExecutorUnavailable, logged_internal_error
 from scheduler_service.frontend.streams import TokenStream
 
 log = logging.getLogger(__name__)
@@ -181,6 +181,5 @@ def _error_of(failed: ipc.Failed) -> DuetError:
     """The core's error as the class that it was there."""
     kind = getattr(errors, failed.reason, None)
     if not (isinstance(kind, type) and issubclass(kind, DuetError)):
-        log.error("the core failed a stream with an unknown error: %r", failed)
-        kind = InternalError
+        return logged_internal_error(f"the core failed a stream with an unknown error: {failed!r}")
     return kind(failed.message, field=failed.field, retry_after_s=failed.retry_after_s)

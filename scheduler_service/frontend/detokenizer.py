@@ -89,8 +89,8 @@ class Detokenizer:
 
     def _worth_decoding(self, newest_text: str) -> bool:
         num_held = len(self._held)
-        is_whole = REPLACEMENT not in newest_text
-        return is_whole or num_held <= _MAX_EAGER_FRAGMENTS or num_held & (num_held - 1) == 0
+        is_whole = newest_text and REPLACEMENT not in newest_text
+        return bool(is_whole) or num_held <= _MAX_EAGER_FRAGMENTS or num_held & (num_held - 1) == 0
 
     def _release(self, released: list[int], texts: list[str]) -> None:
         text = self._decode(self._held)
@@ -106,12 +106,14 @@ class Detokenizer:
     def _settled_head(self, text: str) -> tuple[int, str]:
         """How many of the held tokens no later one can change, and their text.
 
-        A character has at most 4 bytes, so of four tokens not all can belong to an unfinished one. A boundary at
-        which both sides decode to the whole is not inside a character.
+        A character has at most 4 bytes, so of four tokens with a text not all can belong to an unfinished one; tokens
+        without (special ones that are skipped) may stand inside it. A boundary at which both sides decode to the whole
+        is not inside a character.
         """
-        if len(self._held) < 4:
+        places = [index for index, token_id in enumerate(self._held) if self._pieces.text(token_id)]
+        if len(places) < 4:
             return 0, ""
-        for cut in range(len(self._held) - 1, len(self._held) - 4, -1):
+        for cut in reversed(places[-3:]):
             head = self._decode(self._held[:cut])
             if head + self._pieces.decode_inside(self._held[cut:]) == text:
                 return cut, head

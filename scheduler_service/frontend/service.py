@@ -1,9 +1,7 @@
 """The RPCs of duet.inference.v1.InferenceService."""
 
 import asyncio
-import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -13,7 +11,14 @@ from google.protobuf.message import Message
 
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service import __version__, ipc
-from scheduler_service.errors import DuetError, ExecutorUnavailable, InternalError, InvalidRequest, UnknownRequest
+from scheduler_service.errors import (
+    DeadlineExceeded,
+    DuetError,
+    ExecutorUnavailable,
+    InvalidRequest,
+    UnknownRequest,
+    logged_internal_error,
+)
 from scheduler_service.frontend import validation
 from scheduler_service.frontend.core_client import CoreClient
 from scheduler_service.frontend.detokenizer import Detokenizer
@@ -21,7 +26,6 @@ from scheduler_service.frontend.status import abort
 from scheduler_service.frontend.streams import TokenStream
 from scheduler_service.frontend.tokenizer import ModelTokenizer
 
-log = logging.getLogger(__name__)
 Context = grpc.aio.ServicerContext
 M = TypeVar("M", bound=Message)
 Method = Callable[[Any, Context], Awaitable[Message | None]]
@@ -55,7 +59,7 @@ class InferenceService:
         """Validate, submit, and stream until the end or until the client leaves. Raises: DuetError."""
         arrival = time.monotonic()
         validation.check_fields(request, self._tokenizer.name)
-        model = await self._core.wait_for_model(_at_most(self._max_pause_s, context))
+        model = await self._wait_for_model(context)
         token_ids = await self._encode_prompt(request, model)
         stream = self._core.open_stream()
         try:
@@ -64,6 +68,7 @@ class InferenceService:
                 token_ids,
                 stream=stream.number,
                 eos_token_ids=self._tokenizer.eos_token_ids,
+                vocab_size=model.vocab_size,
                 arrival=arrival,
                 time_remaining_s=context.time_remaining(),
             )
@@ -89,7 +94,7 @@ class InferenceService:
             architecture=model.architecture,
             max_model_len=model.max_model_len,
             vocab_size=model.vocab_size,
-            eos_token_ids=self._tokenizer.eos_token_ids,
+            eos_token_ids=validation.within_vocabulary(self._tokenizer.eos_token_ids, model.vocab_size),
             dtype=model.dtype,
             weights_digest=model.weights_digest,
             has_chat_template=self._tokenizer.chat_template is not None,
@@ -119,6 +124,15 @@ class InferenceService:
         while True:
             await context.write(pb.WatchLoadResponse(load=_load(await self._core.load())))
             await asyncio.sleep(interval_s)
+
+    async def _wait_for_model(self, context: Context) -> ipc.ModelInfo:
+        remaining_s = context.time_remaining()
+        if remaining_s is None or remaining_s >= self._max_pause_s:
+            return await self._core.wait_for_model(self._max_pause_s)
+        try:
+            return await self._core.wait_for_model(remaining_s)
+        except ExecutorUnavailable as error:
+            raise DeadlineExceeded("the deadline passed before an executor had connected") from error
 
     async def _encode_prompt(self, request: pb.GenerateRequest, model: ipc.ModelInfo) -> list[int]:
         if request.ByteSize() <= _LONG_REQUEST_BYTES:
@@ -192,25 +206,14 @@ def guarded(kind: type[M], method: Method) -> Callable[[bytes, Context], Awaitab
         except grpc.aio.BaseError:  # a write found the client gone before its cancellation was heard
             raise
         except Exception as error:
-            failure = _logged(error)
+            failure = logged_internal_error(error)
         await abort(context, failure)
 
     return handle
 
 
-def _logged(error: Exception) -> InternalError:
-    error_id = uuid.uuid4().hex[:12]
-    log.error("internal error %s", error_id, exc_info=error)
-    return InternalError(f"internal error {error_id}; the server's log has more under this id")
-
-
 def _serialize(message: Message) -> bytes:
     return message.SerializeToString()
-
-
-def _at_most(seconds: float, context: Context) -> float:
-    remaining_s = context.time_remaining()
-    return seconds if remaining_s is None else min(seconds, remaining_s)
 
 
 def _load(load: ipc.Load) -> pb.Load:

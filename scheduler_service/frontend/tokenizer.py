@@ -76,12 +76,10 @@ def load_model_tokenizer(directory: Path, name: str | None) -> ModelTokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type
         raise UnusableModel(f"{path} is not a tokenizer: {error}") from error
-    eos = generation_config.get("eos_token_id", config.get("eos_token_id"))
-    eos_token_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    eos_token_ids = _eos_token_ids(directory, generation_config, config)
+    chat_template = _chat_template(directory, tokenizer_config)
     try:
-        return ModelTokenizer(
-            name or directory.resolve().name, tokenizer, _chat_template(directory, tokenizer_config), eos_token_ids
-        )
+        return ModelTokenizer(name or directory.resolve().name, tokenizer, chat_template, eos_token_ids)
     except ValueError as error:
         raise UnusableModel(f"{path} cannot be served: {error}") from error
 
@@ -100,21 +98,52 @@ def _read_json(path: Path, *, required: bool = True) -> dict[str, Any]:
     return content
 
 
+def _eos_token_ids(directory: Path, *configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """From the first of `configs` that has any: one token or a list of them."""
+    eos = next((config["eos_token_id"] for config in configs if config.get("eos_token_id") is not None), [])
+    token_ids = eos if isinstance(eos, list) else [eos]
+    for token_id in token_ids:
+        if type(token_id) is not int or token_id < 0:  # JSON's true would pass for an int
+            raise UnusableModel(f"an eos_token_id of {directory} is {token_id!r}, which is no token id")
+    return tuple(token_ids)
+
+
 def _chat_template(directory: Path, tokenizer_config: Mapping[str, Any]) -> ChatTemplate | None:
-    path = directory / "chat_template.jinja"
-    source = path.read_text(encoding="utf-8") if path.is_file() else tokenizer_config.get("chat_template")
-    if isinstance(source, list):
-        source = {entry["name"]: entry["template"] for entry in source}.get("default")
+    source = _template_source(directory, tokenizer_config)
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise UnusableModel(f"the chat template of {directory} is not a string")
     try:
-        return ChatTemplate(source, _special_tokens(tokenizer_config))
+        return ChatTemplate(source, _special_tokens(directory, tokenizer_config))
     except jinja2.TemplateError as error:
         raise UnusableModel(f"the chat template of {directory} does not compile: {error}") from error
 
 
-def _special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+def _template_source(directory: Path, tokenizer_config: Mapping[str, Any]) -> Any:
+    """From a file of its own or else the tokenizer's config, where it may be one of several named ones."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UnusableModel(f"{path} is not UTF-8: {error}") from error
+    source = tokenizer_config.get("chat_template")
+    if not isinstance(source, list):
+        return source
+    if not all(isinstance(entry, dict) and {"name", "template"} <= entry.keys() for entry in source):
+        raise UnusableModel(f"a chat template listed in {directory} lacks its name or template")
+    return next((entry["template"] for entry in source if entry["name"] == "default"), None)
+
+
+def _special_tokens(directory: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """`bos_token` and the like; each is a string or an object with a `content`."""
-    tokens = {key: value for key, value in tokenizer_config.items() if key.endswith("_token")}
-    tokens = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
-    return {key: value for key, value in tokens.items() if isinstance(value, str)}
+    tokens = {}
+    for key, value in tokenizer_config.items():
+        if key.endswith("_token"):
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str):
+                tokens[key] = token
+            elif isinstance(value, dict):
+                raise UnusableModel(f"the {key} of {directory} has no content")
+    return tokens

@@ -17,6 +17,7 @@ from scheduler_service.frontend.tokenizer import ModelTokenizer
 
 MAX_REQUEST_BYTES = 16 << 20
 MAX_REQUEST_ID_CHARS = 128
+MAX_CACHE_SALT_CHARS = 128
 MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 _INT32 = 1 << 31
@@ -70,6 +71,8 @@ def check_fields(request: GenerateRequest, served_model: str) -> None:
             raise InvalidRequest(f"{path} is not implemented", field=path)
     if request.HasField("request_id") and not 1 <= len(request.request_id) <= MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id")
+    if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
+        raise InvalidRequest(f"cache_salt has more than {MAX_CACHE_SALT_CHARS} characters", field="cache_salt")
     if request.HasField("model") and request.model != served_model:
         raise InvalidRequest(f"this server serves {served_model!r}, not {request.model!r}", field="model")
     _check_prompt(request)
@@ -86,15 +89,21 @@ def encode_prompt(request: GenerateRequest, tokenizer: ModelTokenizer, model: ip
     Raises: InvalidRequest, ContextLengthExceeded.
     """
     limit = context_limit(model)
-    match request.WhichOneof("prompt"):
+    kind = request.WhichOneof("prompt") or "text"
+    field = PROMPT_FIELDS[kind]
+    match kind:
         case "token_ids":
             token_ids = request.token_ids.ids
         case "chat":
-            token_ids = _encode(tokenizer, tokenizer.render(request.chat), limit, "chat.messages", is_chat=True)
+            num_messages = len(request.chat.messages)
+            if num_messages > limit.num_tokens:  # rendering them would stall other streams
+                message = f"{num_messages} messages cannot fit the {limit.num_tokens} tokens of {limit.holder}"
+                raise ContextLengthExceeded(message, field=field)
+            token_ids = _encode(tokenizer, tokenizer.render(request.chat), limit, field, is_chat=True)
         case _:
-            token_ids = _encode(tokenizer, request.text, limit, "text", is_chat=False)
+            token_ids = _encode(tokenizer, request.text, limit, field, is_chat=False)
     _check_length(request, len(token_ids), limit)
-    _check_vocabulary(token_ids, model.vocab_size, "token_ids.ids")
+    _check_vocabulary(token_ids, model.vocab_size, field, is_list=kind == "token_ids")
     _check_vocabulary(request.stop.stop_token_ids, model.vocab_size, "stop.stop_token_ids")
     return list(token_ids)
 
@@ -105,11 +114,13 @@ def build_submit(
     *,
     stream: int,
     eos_token_ids: Sequence[int],
+    vocab_size: int,
     arrival: float,
     time_remaining_s: float | None,
 ) -> ipc.Submit:
     """What the core is told of a checked request; missing id and seed are drawn here."""
     sampling, stop = request.sampling, request.stop
+    eos = () if stop.ignore_eos else within_vocabulary(eos_token_ids, vocab_size)
     return ipc.Submit(
         stream=stream,
         request_id=request.request_id if request.HasField("request_id") else uuid.uuid4().hex,
@@ -121,13 +132,18 @@ def build_submit(
             min_p=sampling.min_p,
             seed=sampling.seed if sampling.HasField("seed") else random.getrandbits(64),
         ),
-        stop_token_ids=sorted({*stop.stop_token_ids, *(() if stop.ignore_eos else eos_token_ids)}),
+        stop_token_ids=sorted({*stop.stop_token_ids, *eos}),
         max_tokens=stop.max_tokens if stop.HasField("max_tokens") else None,
         priority=request.priority,
         cache_salt=request.cache_salt,
         arrival=arrival,
         deadline=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
     )
+
+
+def within_vocabulary(token_ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Those that the model can generate; its files may name others, and their tokenizer may know more than it."""
+    return [token_id for token_id in token_ids if token_id < vocab_size]
 
 
 def _is_set(request: Message, path: str) -> bool:
@@ -192,9 +208,11 @@ def _check_length(request: GenerateRequest, num_prompt_tokens: int, limit: Conte
         )
 
 
-def _check_vocabulary(token_ids: Sequence[int], vocab_size: int, field: str) -> None:
+def _check_vocabulary(token_ids: Sequence[int], vocab_size: int, field: str, *, is_list: bool = True) -> None:
+    """`is_list` where the field holds the tokens themselves, so that the one at fault has a place in it."""
     for i, token_id in enumerate(token_ids):
         if token_id >= vocab_size:
             raise InvalidRequest(
-                f"token id {token_id} is outside the vocabulary of {vocab_size}", field=f"{field}[{i}]"
+                f"token id {token_id} is outside the vocabulary of {vocab_size}",
+                field=f"{field}[{i}]" if is_list else field,
             )

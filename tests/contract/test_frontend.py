@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -23,8 +24,10 @@ from protos.duet.inference.v1 import inference_pb2_grpc
 from scheduler_service import errors, ipc
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.frontend import service, validation
+from scheduler_service.frontend.core_client import CoreClient
 from scheduler_service.frontend.server import FrontendServer, PortUnavailable
 from scheduler_service.frontend.service import SERVICE_NAME
+from scheduler_service.frontend.tokenizer import load_model_tokenizer
 from tests.small_model import EOS, byte_level_bpe, write_model
 
 MODEL = ipc.ModelInfo(
@@ -441,6 +444,19 @@ async def test_a_bug_is_internal_with_an_id_that_is_in_the_log(
     assert "a secret" in str(record.exc_info[1])
 
 
+async def test_an_unknown_error_of_the_core_is_internal_with_an_id_that_is_in_the_log(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    call = world.stub.Generate(pb.GenerateRequest(text="the fox"))
+    submit = await world.core.hear(ipc.Submit)
+    world.core.outputs(submit.stream, failed=[ipc.Failed(submit.stream, "INTERNAL", "Exception", "a secret")])
+    error = await failure(call)
+    assert error.code() == grpc.StatusCode.INTERNAL
+    found = re.search(r"internal error (\w{12})", error.details() or "")
+    assert found is not None
+    assert "a secret" in next(text for text in caplog.messages if found[1] in text)
+
+
 async def test_a_write_that_finds_the_client_gone_is_not_our_bug(caplog: pytest.LogCaptureFixture) -> None:
     async def write(request: pb.CancelRequest, context: Any) -> None:
         raise grpc.aio.InternalError("the batch failed")
@@ -485,6 +501,36 @@ async def test_a_request_does_not_wait_for_ever(tmp_path: Path) -> None:
         error = await failure(world.stub.Generate(pb.GenerateRequest(text="the fox")))
         assert error.code() == grpc.StatusCode.UNAVAILABLE
         assert details(error)["ErrorInfo"].reason == "ExecutorUnavailable"
+
+
+@pytest.mark.parametrize(
+    ("remaining_s", "max_pause_s", "kind"),
+    [
+        (0.05, 10.0, errors.DeadlineExceeded),
+        (10.0, 0.05, errors.ExecutorUnavailable),
+        (None, 0.05, errors.ExecutorUnavailable),
+    ],
+)
+async def test_the_smaller_bound_on_the_wait_for_an_executor_is_the_error(
+    tmp_path: Path, remaining_s: float | None, max_pause_s: float, kind: type[errors.DuetError]
+) -> None:
+    tokenizer = load_model_tokenizer(write_model(tmp_path / "tiny"), None)
+    core = CoreClient(str(tmp_path / "nobody.sock"))
+    context: Any = SimpleNamespace(time_remaining=lambda: remaining_s)  # over gRPC the client's own clock answers
+    with pytest.raises(errors.DuetError) as caught:
+        await service.InferenceService(core, tokenizer, max_pause_s=max_pause_s).generate(
+            pb.GenerateRequest(text="the fox"), context
+        )
+    assert type(caught.value) is kind
+
+
+async def test_an_end_of_sequence_outside_the_vocabulary_reaches_neither_core_nor_client(tmp_path: Path) -> None:
+    narrow = msgspec.structs.replace(READY, model=msgspec.structs.replace(MODEL, vocab_size=EOS))
+    async with make_world(tmp_path, narrow) as world:
+        assert (await world.stub.GetModel(pb.GetModelRequest())).eos_token_ids == [0]
+        call = world.stub.Generate(pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1])))
+        assert (await world.core.hear(ipc.Submit)).stop_token_ids == [0]
+        call.cancel()
 
 
 async def test_requests_go_on_while_a_known_executor_is_away(world: World) -> None:

@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 
-def descendants(module: str) -> list[int]:
-    """Ids of the living descendants of this process that run `python -m module`."""
+def descendants(module: str, model: str) -> list[int]:
+    """Ids of the living descendants of this process that run `python -m module --model model`."""
     parents: dict[int, int] = {}
     running: list[int] = []
     for entry in Path("/proc").iterdir():
@@ -17,7 +17,7 @@ def descendants(module: str) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         parents[int(entry.name)] = int(parent)
-        if state != "Z" and module.encode() in command:
+        if state != "Z" and {module.encode(), model.encode()} <= set(command):
             running.append(int(entry.name))
     return [pid for pid in running if _is_descendant(pid, parents)]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import duet
-from duet.cli import bench
+from duet.cli import bench, serve
 from duet.cli.main import main
 from duet.cli.serve import client_address
 from duet.launch import SCHEDULER_FLAGS, split_flags, to_flags
@@ -386,6 +386,23 @@ def test_flags_find_their_service() -> None:
         ["--num-blocks", "5", "--stop", "-1", "2"],
     )
     assert to_flags({"num_blocks": 5, "dtype": None}) == ["--num-blocks=5"]
+
+
+def test_serve_recommends_the_duet_that_it_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, other = tmp_path / "own" / "duet", tmp_path / "other" / "duet"
+    for program in (own, other):
+        program.parent.mkdir()
+        program.write_text("#!/bin/sh\n")
+        program.chmod(0o755)
+    for path, started_as, expected in (
+        (own, own, "duet"),
+        (other, own, str(own)),
+        (tmp_path / "nowhere" / "duet", own, str(own)),
+        (own, tmp_path / "__main__.py", "python -m duet"),
+    ):
+        monkeypatch.setenv("PATH", str(path.parent))
+        monkeypatch.setattr(sys, "argv", [str(started_as), "serve", "m"])
+        assert serve._example("127.0.0.1:1") == f"{expected} chat --address 127.0.0.1:1"
 
 
 def test_a_wildcard_listener_is_reached_on_the_loopback() -> None:

@@ -204,10 +204,17 @@ async def test_each_status_is_one_error_with_the_servers_details(
 
 
 def test_an_error_without_details_has_none(client: Client, service: FakeInference) -> None:
-    service.script = fake.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
-    with pytest.raises(duet.QueueFull) as caught:
+    service.script = fake.fail(grpc.StatusCode.ALREADY_EXISTS, "in use")
+    with pytest.raises(duet.DuplicateRequest) as caught:
         client.generate("x")
     assert (caught.value.field, caught.value.reason, caught.value.retry_after_s) == (None, None, None)
+
+
+def test_grpcs_own_refusal_of_a_large_message_is_no_full_queue(client: Client, service: FakeInference) -> None:
+    service.script = fake.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "Received message larger than max (25 vs. 24)")
+    with pytest.raises(duet.InvalidRequest, match="larger than max") as caught:
+        client.generate("x")
+    assert (caught.value.code, caught.value.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, None)
 
 
 def test_every_error_is_documented_and_exported() -> None:

@@ -58,6 +58,6 @@ def test_a_new_executor_too_small_for_a_request_fails_it_with_a_clear_status():
     core.pool.end_epoch()
     core.begin_epoch(dataclasses.replace(LIMITS, num_blocks=8))
     core.run()
-    assert core.reason(big) == "INVALID_ARGUMENT"
+    assert core.reason(big) == "UNAVAILABLE"
     assert "32 tokens" in core.outbox.failed[0].message
     assert core.streamed(small) == continuation(prompt(100), 10)

@@ -289,3 +289,20 @@ def test_the_kv_cache_takes_its_share_of_memory_and_no_more_than_sequences_can_u
 def test_more_positions_than_the_model_has_are_refused(settings: ExecutorConfig) -> None:
     with pytest.raises(kv_cache.UnfitSettings, match="--max-model-len 129"):
         build_runner(dataclasses.replace(settings, max_model_len=129))
+
+
+def test_memory_is_no_more_than_the_cgroup_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_cache, "_CGROUP", tmp_path)
+    without_limit = kv_cache.available_memory_bytes()  # no such file: no cgroup v2
+    (tmp_path / "memory.current").write_text("3000\n")
+    for limit, left in {"10000": 7000, "2000": 0}.items():
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert kv_cache.available_memory_bytes() == left
+    for no_limit in ("max", str(2**62)):  # the machine's own memory is the limit
+        (tmp_path / "memory.max").write_text(f"{no_limit}\n")
+        assert without_limit / 2 < kv_cache.available_memory_bytes() < 2**50
+    assert without_limit > 7000
+
+
+def test_setting_of_zero_is_not_taken_for_one_left_out(settings: ExecutorConfig) -> None:
+    assert build_runner(dataclasses.replace(settings, max_model_len=0)).info.limits.max_model_len == 0

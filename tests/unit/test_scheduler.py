@@ -72,6 +72,21 @@ def test_a_stream_never_stalls_longer_than_the_policy_allows_while_prompts_keep_
     assert longest_gap <= 0.3 + 3 * 0.05, "the stall, and the plans in flight around it"
 
 
+def test_prefill_in_flight_counts_as_stall_before_it_has_run():
+    core = Core(inflight=3, max_decode_stall_s=0.4)
+    core.executor.device_time_ns = 160_000_000  # ten milliseconds a token: a full plan takes 0.16 s
+    core.submit(prompt(0, 16), 100)
+    core.send()
+    core.settle()
+    core.send()
+    core.settle()
+    core.submit(prompt(100, 120), 50)
+    while core.send() is not None:
+        pass
+    chunks_beside_decode = [plan.iterations for plan in core.plans[-3:]]
+    assert chunks_beside_decode == [0, 0, 1], "the third would make it 0.48 s, though no time has passed"
+
+
 def test_the_running_set_never_exceeds_the_token_budget():
     core = Core(dataclasses.replace(LIMITS, num_slots=64, num_blocks=400, max_tokens_per_step=8), inflight=2)
     requests = [core.submit(prompt(100 * index, 5), 20) for index in range(50)]

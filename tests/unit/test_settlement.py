@@ -165,7 +165,7 @@ def test_tokens_that_nobody_gets_are_not_counted_as_generated():
 # --- failed slots ----------------------------------------------------------------------------------------------------
 
 
-def test_a_failed_slot_fails_its_request_alone():
+def test_a_failed_slot_fails_its_request_alone(caplog: pytest.LogCaptureFixture):
     core = Core(inflight=2)
     failing, healthy = core.submit(prompt(0), 20), core.submit(prompt(100), 20)
     for _ in range(4):
@@ -174,7 +174,9 @@ def test_a_failed_slot_fails_its_request_alone():
     core.executor.failing = {failing.slot}
     assert_idle(core)
     assert core.reason(failing) == "INTERNAL"
-    assert "out of range" in core.outbox.failed[0].message
+    message = core.outbox.failed[0].message
+    assert "out of range" in message
+    assert message.split()[2].strip(",") in caplog.text, "the id is found in the log"
     assert core.streamed(failing) == continuation(prompt(0), len(core.streamed(failing)))
     assert core.streamed(healthy) == continuation(prompt(100), 20)
     assert healthy.preemptions == 0
@@ -259,3 +261,17 @@ def test_tokens_in_flight_that_were_computed_from_a_failed_block_are_dropped():
     assert core.streamed(sharer) == continuation([*prompt(0), 300, 301, 302, 303, 304], 20)
     assert core.streamed(last) == continuation([*prompt(0), 300, 301, 302, 303, 400], 20)
     assert_idle(core)
+
+
+# --- measured times --------------------------------------------------------------------------------------------------
+
+
+def test_a_step_whose_rows_were_all_done_says_nothing_of_the_time_of_a_step():
+    core = Core(inflight=2)
+    core.executor.device_time_ns = 3_000_000
+    core.submit(prompt(0), 1 << 6, stop=tuple(range(1 << 20)))
+    core.step()
+    before = core.epoch.decode_step_ns
+    core.executor.device_time_ns = 1_000
+    core.run()
+    assert core.epoch.decode_step_ns == before == 0.0

@@ -66,9 +66,11 @@ def child(script: str, report: Path, name: str = "child") -> Child:
 
 
 @contextlib.contextmanager
-def supervising(*children: Child, grace_s: float = 10.0) -> Iterator[Run]:
+def supervising(*children: Child, grace_s: float = 10.0, stable_s: float = 2.0) -> Iterator[Run]:
     stop, status, ready = threading.Event(), [], []
-    supervisor = Supervisor(children, on_ready=lambda: ready.append(1), first_backoff_s=0.01, grace_s=grace_s)
+    supervisor = Supervisor(
+        children, on_ready=lambda: ready.append(1), first_backoff_s=0.01, grace_s=grace_s, stable_s=stable_s
+    )
     thread = threading.Thread(target=lambda: status.append(supervisor.run(stop)))
     thread.start()
     try:
@@ -129,9 +131,9 @@ def test_readiness_is_announced_once_when_every_child_is_ready(report: Path, tmp
 def test_ready_child_that_is_killed_is_restarted_and_its_sister_left_alone(report: Path, tmp_path: Path) -> None:
     sister = tmp_path / "sister"
     ready_first = "from servicekit.supervisor import notify_ready; notify_ready()" + READY
-    with supervising(child(ready_first, report, "a"), child(READY, sister, "b")) as run:
+    with supervising(child(ready_first, report, "a"), child(READY, sister, "b"), stable_s=0.0) as run:
         until(lambda: bool(run.ready) and len(pids(report)) == 1)
-        for killed in range(1, 8):  # more often than starts may fail: a ready child resets the count
+        for killed in range(1, 8):  # more often than starts may fail: a stable child resets the count
             os.kill(pids(report)[-1], signal.SIGKILL)
             until(lambda killed=killed: len(pids(report)) == killed + 1)
         assert not run.status
@@ -139,13 +141,20 @@ def test_ready_child_that_is_killed_is_restarted_and_its_sister_left_alone(repor
 
 
 def test_failed_starts_count_in_a_row_only(report: Path) -> None:
-    ready_every_fifth_time = REPORT + (
-        "if sum(1 for _ in open(sys.argv[1])) % 5 == 0: notify_ready()\n"  # and dies at once, as the others do
+    stable_every_fifth_time = REPORT + (
+        "notify_ready()\n"
+        "if sum(1 for _ in open(sys.argv[1])) % 5 == 0: time.sleep(1)\n"  # the others die as soon as they are ready
         "sys.exit(1)"
     )
-    with supervising(child(ready_every_fifth_time, report)) as run:
+    with supervising(child(stable_every_fifth_time, report), stable_s=0.5) as run:
         until(lambda: len(pids(report)) == 10 or bool(run.status))
         assert run.end() == 0
+
+
+def test_supervisor_gives_up_on_a_child_that_dies_as_soon_as_it_is_ready_again_and_again(report: Path) -> None:
+    with supervising(child(REPORT + "notify_ready(); sys.exit(1)", report), stable_s=60.0) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert len(pids(report)) == 5
 
 
 def test_supervisor_gives_up_after_five_failed_starts_and_stops_the_others(report: Path, tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ def test_a_model_is_named_after_its_directory_unless_told_otherwise(tmp_path: Pa
         ({"eos_token_id": EOS}, 1, (EOS,)),
         ({}, 1, (1,)),
         ({}, [1, 0], (1, 0)),
+        ({"eos_token_id": None}, 1, (1,)),
+        ({"eos_token_id": []}, 1, ()),
     ],
 )
 def test_end_of_sequence_comes_from_the_generation_config_first(
@@ -81,16 +83,28 @@ def test_a_text_of_more_than_most_bytes_has_more_tokens(tmp_path: Path) -> None:
         ("config.json", "[]", "JSON object"),
         ("tokenizer.json", "{}", "not a tokenizer"),
         ("chat_template.jinja", "{% if %}", "does not compile"),
+        ("chat_template.jinja", b"caf\xe9", "chat_template.jinja is not UTF-8"),
+        ("tokenizer_config.json", '{"chat_template": [{"template": "a"}]}', "lacks its name or template"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}', "lacks its name or template"),
+        ("tokenizer_config.json", '{"chat_template": ["a"]}', "lacks its name or template"),
+        ("tokenizer_config.json", '{"chat_template": 7}', "not a string"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default", "template": 7}]}', "not a string"),
+        ("tokenizer_config.json", '{"chat_template": "a", "bos_token": {}}', "bos_token of .* has no content"),
+        ("generation_config.json", '{"eos_token_id": "</s>"}', "'</s>', which is no token id"),
+        ("generation_config.json", '{"eos_token_id": [2, -1]}', "-1, which is no token id"),
+        ("generation_config.json", '{"eos_token_id": [2, null]}', "None, which is no token id"),
+        ("generation_config.json", '{"eos_token_id": true}', "True, which is no token id"),
+        ("generation_config.json", '{"eos_token_id": 2.0}', "2.0, which is no token id"),
     ],
 )
 def test_a_damaged_directory_is_refused_in_one_sentence(
-    tmp_path: Path, name: str, content: str | None, complaint: str
+    tmp_path: Path, name: str, content: str | bytes | None, complaint: str
 ) -> None:
     directory = write_model(tmp_path / "tiny")
     if content is None:
         (directory / name).unlink()
     else:
-        (directory / name).write_text(content)
+        (directory / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UnusableModel, match=complaint) as caught:
         load_model_tokenizer(directory, None)
     assert "\n" not in str(caught.value)

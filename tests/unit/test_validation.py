@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
@@ -46,6 +47,7 @@ REFUSED = [
     (request(chat=pb.Chat()), "chat.messages"),
     (request(request_id=""), "request_id"),
     (request(request_id="x" * 129), "request_id"),
+    (request(cache_salt="x" * 129), "cache_salt"),
     (request(model="gpt-5"), "model"),
     (request(model=""), "model"),
     (request(resume_offset=0), "resume_offset"),
@@ -148,6 +150,16 @@ def test_prompt_and_max_tokens_must_fit_together(tokenizer: ModelTokenizer) -> N
     assert caught.value.field == "stop.max_tokens"
 
 
+def test_a_chat_of_more_messages_than_tokens_fit_is_refused_without_being_rendered(
+    tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelTokenizer, "render", lambda *_: pytest.fail("it was rendered"))
+    messages = [pb.ChatMessage(role="user", content="") for _ in range(65)]
+    with pytest.raises(ContextLengthExceeded, match="65 messages") as caught:
+        validation.encode_prompt(request(chat=pb.Chat(messages=messages)), tokenizer, MODEL)
+    assert caught.value.field == "chat.messages"
+
+
 def test_text_that_cannot_fit_is_refused_without_being_tokenized(
     tokenizer: ModelTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,10 +185,35 @@ def test_a_token_outside_the_vocabulary_is_named(
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("outside", "field"),
+    [
+        (request(text="the fox"), "text"),
+        (request(chat=pb.Chat(messages=[pb.ChatMessage(role="user", content="the fox")])), "chat.messages"),
+    ],
+)
+def test_a_tokenizer_that_knows_more_than_the_model_is_reported_by_the_prompts_own_field(
+    tokenizer: ModelTokenizer, outside: pb.GenerateRequest, field: str
+) -> None:
+    with pytest.raises(InvalidRequest, match="vocabulary of 2") as caught:
+        validation.encode_prompt(outside, tokenizer, msgspec.structs.replace(MODEL, vocab_size=2))
+    assert caught.value.field == field
+
+
 def build(accepted: pb.GenerateRequest, token_ids: list[int], time_remaining_s: float | None = None) -> ipc.Submit:
     return validation.build_submit(
-        accepted, token_ids, stream=7, eos_token_ids=[EOS, 0], arrival=1.5, time_remaining_s=time_remaining_s
+        accepted,
+        token_ids,
+        stream=7,
+        eos_token_ids=[EOS, 0, 400, 2**40],
+        vocab_size=400,
+        arrival=1.5,
+        time_remaining_s=time_remaining_s,
     )
+
+
+def test_an_end_of_sequence_outside_the_vocabulary_is_not_a_stop() -> None:
+    assert build(request(), [5]).stop_token_ids == [0, EOS]
 
 
 def test_unset_fields_get_the_defaults_of_the_proto() -> None:

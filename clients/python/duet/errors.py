@@ -10,6 +10,8 @@ DuetError                  `code` is the gRPC status, None where no server was i
 ├── InternalError          any other status     report it; the message holds an id that is in the server's log
 ├── StreamCut                                   a stream ended early or lost tokens
 └── StartFailed                                 LLM could not start the services; the message ends with their log
+
+RESOURCE_EXHAUSTED without ErrorInfo is gRPC's own refusal of a message that is too large: InvalidRequest.
 """
 
 from collections.abc import Sequence
@@ -109,6 +111,8 @@ def from_rpc(error: grpc.RpcError, address: str) -> DuetError:
     if code is grpc.StatusCode.UNAVAILABLE and info is None:  # gRPC's own report of a broken connection
         message = f"no connection to {address}: {message}"
     kind = _BY_CODE.get(code, InternalError)
+    if kind is QueueFull and info is None:
+        kind = InvalidRequest
     if kind is InternalError and code is not grpc.StatusCode.INTERNAL:
         message = f"{code.name}: {message}"
     retry = _detail(status, details.RetryInfo)

@@ -11,6 +11,7 @@ from typing import Any, Self, TypeVar, cast
 from tqdm import tqdm
 
 from duet.client import AsyncClient
+from duet.errors import QueueFull
 from duet.launch import LocalServer, to_flags
 from duet.request import Event, Output, Prompt, SamplingParams
 from protos.duet.inference.v1 import inference_pb2 as pb
@@ -19,6 +20,7 @@ T = TypeVar("T")
 
 _MAX_STREAMS = 256  # at once: more than the server runs, fewer than its queue takes
 _REFRESH_S = 0.5
+_RETRY_S = 1.0  # where the server does not say how long
 
 
 class LLM:
@@ -106,11 +108,15 @@ class LLM:
 
         async def generate(prompt: Prompt, prompt_params: SamplingParams | None) -> Output:
             async with limit:
-                events: list[Event] = []
-                async for event in client.stream(prompt, prompt_params):
-                    events.append(event)
-                    progress.count(event)
-                return Output.of(events)
+                while True:
+                    events: list[Event] = []
+                    try:
+                        async for event in client.stream(prompt, prompt_params):
+                            events.append(event)
+                            progress.count(event)
+                        return Output.of(events)
+                    except QueueFull as error:  # refused before it began
+                        await asyncio.sleep(error.retry_after_s or _RETRY_S)
 
         try:
             async with AsyncClient(self.address) as client, asyncio.TaskGroup() as group:

@@ -59,5 +59,13 @@ def client_address(listen: str) -> str:
 
 def _example(address: str) -> str:
     where = "" if address == DEFAULT_ADDRESS else f" --address {address}"
-    started_as = sys.argv[0] if os.path.basename(sys.argv[0]) == "duet" else "python -m duet"
-    return f"{'duet' if shutil.which('duet') else started_as} chat{where}"
+    return f"{_command()} chat{where}"
+
+
+def _command() -> str:
+    """How this program was started, in the shortest words that start the same one."""
+    program = sys.argv[0]
+    if os.path.basename(program) != "duet":
+        return "python -m duet"
+    found = shutil.which("duet")
+    return "duet" if found and os.path.exists(program) and os.path.samefile(found, program) else program
