@@ -38,7 +38,8 @@ def main() -> int:
     engines = [measure_duet(args)]
     for peer in filter(None, args.peers.split(",")):
         engines.append(measure_peer(peer, args.model))
-    report = {"machine": describe_machine(), "settings": {k: str(v) for k, v in vars(args).items()}, "engines": engines}
+    settings = {"dtype": args.dtype, "repeats": args.repeats, "peers": args.peers}
+    report = {"machine": describe_machine(), "settings": settings, "engines": engines}
     path = args.json or Path(__file__).parent / "results" / time.strftime("%Y-%m-%dT%H%M%S.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")

@@ -29,7 +29,8 @@ def main() -> int:
     old = new = README.read_text()
     for name, text in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        new = pattern.sub(lambda match, text=text: match[1] + text + match[2], new)
+        new, count = pattern.subn(lambda match, text=text: match[1] + text + match[2], new)
+        assert count == 1, f"README.md has no place for {name}"
     if "--check" not in sys.argv:
         README.write_text(new)
     elif new != old:
@@ -56,6 +57,7 @@ def figure_table(report: dict[str, Any]) -> str:
     """What `make bench` stored, as a sentence and a Markdown table."""
     machine, engines = report["machine"], report["engines"]
     ours = engines[0]["streams"]
+    commit = machine["commit"].replace(machine["commit"][9:40], "")
     rows = []
     for engine in engines:
         for streams, figures in engine["streams"].items():
@@ -66,7 +68,8 @@ def figure_table(report: dict[str, Any]) -> str:
             rows.append(f"| {engine['name']} | {streams} | {' | '.join(cells)} | {ratio:.2f} |\n")
     return (
         f"`make bench` on {machine['cores']} cores ({machine['cpu']}), SmolLM2-135M-Instruct, 128 random tokens in, "
-        f"128 out, greedy, commit {machine['commit'][:9]}, {machine['date'][:10]}:\n\n"
+        f"128 out, greedy, commit {commit}, {machine['date'][:10]}; ours is the "
+        "median of three runs, a peer ran once:\n\n"
         "| engine | streams | output tok/s | first token p50, ms | gap p50, ms | gap p99, ms | ours / this |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
     )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from duet import LLM, SamplingParams
+from duet import LLM, Client, SamplingParams
 from tests.faults.processes import descendants
 from tests.golden.oracle import NearTie, Oracle, Reference, assert_same_tokens
 from tests.golden.prompts import prompt_token_ids
@@ -18,6 +18,7 @@ from tests.golden.prompts import prompt_token_ids
 NUM_STREAMS = 16
 NUM_TOKENS = 40
 ROUNDS = 10
+STABLE_S = 2.5  # the supervisor takes a death within 2 s of readiness for a failed start
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 
@@ -32,12 +33,9 @@ def test_every_stream_ends_as_if_the_executor_had_never_been_killed(
     ties: list[NearTie] = []
     recoveries = 0
     with LLM(str(oracle.model), dtype="float32", num_blocks=128) as llm:
-        start = time.monotonic()
-        llm.generate(list(prompts.values()), GREEDY, use_tqdm=False)
-        undisturbed_s = time.monotonic() - start
         for number in range(ROUNDS):
-            delay_s = rng.uniform(0.05, 0.9) * undisturbed_s
-            outputs = _generate_and_kill(llm, str(oracle.model), list(prompts.values()), delay_s)
+            num_tokens = rng.randint(1, NUM_STREAMS * NUM_TOKENS * 4 // 5)
+            outputs = _generate_and_kill(llm, str(oracle.model), list(prompts.values()), num_tokens)
             outlived = sum(output["recoveries"] for output in outputs)
             assert outlived > 0, f"round {number}: the kill met no stream"
             recoveries += outlived
@@ -47,11 +45,17 @@ def test_every_stream_ends_as_if_the_executor_had_never_been_killed(
          f"{len(ties)} near ties forgiven")  # fmt: skip
 
 
-def _generate_and_kill(llm: LLM, model: str, prompts: list[list[int]], delay_s: float) -> list[dict[str, Any]]:
+def _generate_and_kill(llm: LLM, model: str, prompts: list[list[int]], num_tokens: int) -> list[dict[str, Any]]:
+    """Kill the executor once all streams together have had `num_tokens` tokens."""
+    time.sleep(STABLE_S)
     results: list[list[dict[str, Any]]] = []
     thread = threading.Thread(target=lambda: results.append(llm.generate(prompts, GREEDY, use_tqdm=False)))
-    thread.start()
-    time.sleep(delay_s)
+    with Client(llm.address) as client:
+        before = client.server().load.output_tokens_total
+        thread.start()
+        while client.server().load.output_tokens_total < before + num_tokens:
+            assert thread.is_alive(), "the streams ended early"
+            time.sleep(0.01)
     (rank,) = descendants("executor_service.rank", model)
     os.kill(rank, signal.SIGKILL)
     thread.join()
