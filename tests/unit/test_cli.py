@@ -49,7 +49,7 @@ def test_generate_prints_the_continuation(server: ServerThread, capsys: pytest.C
     assert main(["generate", "ab", "--address", server.address, "--max-tokens", "3", "--seed", "4"]) == 0
     assert capsys.readouterr().out == "<195><196><197>\n"
     (request,) = server.service.requests
-    assert (request.text, request.sampling.seed, request.sampling.temperature) == ("ab", 4, 1.0)
+    assert (request.text, request.sampling.seed, request.sampling.temperature) == ("ab", 4, pytest.approx(0.2))
 
 
 def test_generate_reads_standard_input_and_prints_json(

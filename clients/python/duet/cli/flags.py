@@ -5,7 +5,7 @@ import argparse
 from duet.client import DEFAULT_ADDRESS
 from duet.request import SamplingParams
 
-_DEFAULTS = SamplingParams()
+_DEFAULTS = SamplingParams(temperature=0.2)  # for people at a terminal: at 1, small models wander
 
 
 def add_address(parser: argparse.ArgumentParser) -> None:
