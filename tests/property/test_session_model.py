@@ -16,6 +16,7 @@ from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.step_plan import Chunk, StepPlan, StepRecord, StepResult
+from scheduler_service.errors import InternalError
 from tests.property.fake_executor import Result
 from tests.property.session_driver import SessionRun
 
@@ -217,7 +218,7 @@ def test_notices_that_preempted_requests_keep_their_flights_over_a_loss(monkeypa
 def test_notices_a_failed_step_whose_blocks_stay_in_the_index(monkeypatch: pytest.MonkeyPatch):
     def fail_alone(pool: RequestPool, epoch: Epoch, request: Request, message: str) -> None:
         if request.state is not RequestState.FINISHED:
-            pool.fail(request, settlement.InternalError(message))
+            pool.fail(request, InternalError(message))
 
     monkeypatch.setattr(settlement, "_fail_slot", fail_alone)
     assert_noticed()
