@@ -1,7 +1,7 @@
-"""The session protocol, and the one thread that runs plans on the device.
+"""The session protocol, and the threads that run plans on the device.
 
 Each stream has a reader, which decodes plans and queues them for the device, and a writer, which sends what comes
-back. The device thread runs what is queued, in order, and waits for no stream. Readers and writers live on one event
+back. The device's threads launch what is queued, in order, and wait for its results, but for no stream. Readers and writers live on one event
 loop, so what they do between two awaits is atomic: opening an epoch and queueing plans need no other lock.
 """
 
@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import logging
 import queue
+import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
@@ -17,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from executor_service.plan import InvalidPlan, Plan, decode_plan
-from executor_service.runner.runner import Runner, RunnerInfo, StepOutput
+from executor_service.runner.runner import Pending, Runner, RunnerInfo, StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
 
 PROTOCOL_VERSION = 1
@@ -46,7 +47,7 @@ _Event = _Wiped | StepOutput | SessionError | None
 
 
 class _Session:
-    """One stream, from its first message to its end. `ended` alone is also read and written by the device thread."""
+    """One stream, from its first message to its end. `ended` alone is also read and written by the device's threads."""
 
     def __init__(self) -> None:
         self.epoch: int | None = None  # None until it was opened
@@ -63,15 +64,23 @@ class _Session:
 
 
 class Device:
-    """Runs one job after the other in a thread of its own: plans, and the wiping of slots between epochs."""
+    """Runs jobs in order: plans, and the wiping of slots between epochs.
+
+    One thread launches them, and a second waits for what they bring, so that a device that works by itself is given
+    its next job before the last one has ended.
+    """
 
     def __init__(self, runner: Runner, thread: ThreadPoolExecutor) -> None:
         """`thread`: one worker, the one that built the runner (see rank.py)."""
         self._runner = runner
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[tuple[_Session, Plan | None] | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[_Session, Pending | Exception] | None] = queue.SimpleQueue()
         self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
-        self._running = thread.submit(self._run)
+        self._has_failed = False  # the same for both threads
+        self._launching = thread.submit(self._launch_jobs)
+        self._collecting = threading.Thread(target=self._collect_outputs, name="device results")
+        self._collecting.start()
 
     @property
     def info(self) -> RunnerInfo:
@@ -83,39 +92,54 @@ class Device:
         self._jobs.put((session, plan))
 
     def close(self) -> None:
-        """Wait for the running job, of a session that ended, and end the thread."""
+        """Wait for the running job, of a session that ended, and end both threads."""
         self._jobs.put(None)
-        self._running.result()
+        self._launching.result()
+        self._collecting.join()
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+    def _launch_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._has_failed:
             session, plan = job
             if session.ended:
                 continue
             try:
-                self._run_job(session, plan)
-            except InvalidPlan as error:
-                session.ended = True  # here, since the next job may be this session's too
-                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+                self._launch(session, plan)
             except Exception as error:
-                log.exception("the device failed in epoch %s", session.epoch)
-                session.ended = True
-                self._post(session, SessionError(grpc.StatusCode.INTERNAL, f"the device failed: {error!r}"))
-                self._loop.call_soon_threadsafe(self.failed.set)
-                return
+                session.ended = True  # here, since the next job may be this session's too
+                self._launched.put((session, error))
+        self._launched.put(None)
 
-    def _run_job(self, session: _Session, plan: Plan | None) -> None:
+    def _launch(self, session: _Session, plan: Plan | None) -> None:
         if plan is None:
             self._runner.reset()
             self._post(session, _Wiped())
             return
-        output = None
-        for output in self._runner.execute(plan):
-            self._post(session, output)
+        pending = None
+        for pending in self._runner.execute(plan):
+            self._launched.put((session, pending))
             if session.ended:  # nobody reads the rest of an iterated plan
                 return
-        assert output, "a plan without a result"
-        assert (output.step_id, output.partial) == (_last_step_id(plan), False), "the last step lacks its result"
+        assert pending, "a plan without a result"
+        assert (pending.step_id, pending.partial) == (_last_step_id(plan), False), "the last step lacks its result"
+
+    def _collect_outputs(self) -> None:
+        """Post outputs in order; what a launch raised comes after the outputs of the launches before it."""
+        while (launched := self._launched.get()) is not None:
+            session, pending = launched
+            try:
+                if isinstance(pending, Exception):
+                    raise pending
+                self._post(session, pending.wait())
+            except InvalidPlan as error:
+                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+            except Exception as error:
+                self._fail(session, error)
+
+    def _fail(self, session: _Session, error: Exception) -> None:
+        log.error("the device failed in epoch %s", session.epoch, exc_info=error)
+        self._has_failed = session.ended = True
+        self._post(session, SessionError(grpc.StatusCode.INTERNAL, f"the device failed: {error!r}"))
+        self._loop.call_soon_threadsafe(self.failed.set)
 
     def _post(self, session: _Session, event: _Event) -> None:
         self._loop.call_soon_threadsafe(session.events.put_nowait, event)

@@ -1,25 +1,49 @@
 """What a step tells attention, and what a device answers.
 
-Everything that is the same for all layers of a step (indices of live blocks, masks) is prepared once, in `begin_*`;
-the returned callable is then called by each layer with its own KV cache.
+Everything that is the same for all layers of a step (indices of live blocks, masks, rotations) is prepared once, in
+`begin_*`; the returned callable is then called by each layer with its own parameters and KV cache.
 """
 
 import dataclasses
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-# (q [num_tokens, num_heads, head_dim], k and v [num_tokens, num_kv_heads, head_dim],
-#  kv_cache [num_blocks, num_kv_heads, 2, block_size, head_dim]) -> [num_tokens, num_heads, head_dim]
-# Stores k and v into the cache, then attends. Only the result may share memory with q, k and v.
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """What all attention layers of a model share, as one rank sees it."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens a KV block holds
+    dtype: torch.dtype
+    norm_eps: float  # of the norms of queries and keys
+    inv_freq: Tensor  # [head_dim / 2] float32, radians per position: see rotary.py
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadParameters:
+    """What happens to a layer's queries, keys and values before they are rotated; None: nothing."""
+
+    bias: Tensor | None  # [(heads + 2 * kv_heads) * head_dim]
+    qk_norm: Tensor | None  # [heads + kv_heads, head_dim]: the weight for each head of queries, then of keys
+
+
+# (qkv [num_tokens, (heads + 2 * kv_heads) * head_dim], overwritten; parameters;
+#  kv_cache [num_blocks, kv_heads, 2, block_size, head_dim]) -> [num_tokens, heads * head_dim]
+# Adds the bias, normalizes and rotates queries and keys, stores keys and values into the cache, then attends.
+Attend = Callable[[Tensor, HeadParameters, Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class PrefillMetadata:
     """The prompt chunks of a step, one after the other."""
 
+    positions: Tensor  # [num_tokens] int64
     slot_mapping: Tensor  # [num_tokens] int64: block * block_size + offset
     query_starts: tuple[int, ...]  # [num_seqs + 1], on the host
     context_lens: tuple[int, ...]  # [num_seqs], on the host: tokens visible after this chunk, cached ones included
@@ -30,6 +54,7 @@ class PrefillMetadata:
 class DecodeMetadata:
     """One token each of a batch of sequences."""
 
+    positions: Tensor  # [batch] int64
     slot_mapping: Tensor  # [batch] int64: block * block_size + offset
     block_tables: Tensor  # [batch, max_blocks] int32; entries past a sequence's blocks: any valid id
     context_lens: Tensor  # [batch] int32, the current token included

@@ -5,8 +5,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from executor_service.layers.attention import Attend, DecodeMetadata, PrefillMetadata
+from executor_service.layers.attention import Attend, AttentionConfig, DecodeMetadata, HeadParameters, PrefillMetadata
 from executor_service.layers.device import Linear
+from executor_service.layers.rotary import rotation_factors
 from kernels import cpu, cpu_attention
 
 
@@ -14,55 +15,80 @@ class CpuOps:
     """See DeviceOps."""
 
     device = torch.device("cpu")
-    rms_norm = staticmethod(cpu.rms_norm)
-    add_rms_norm = staticmethod(cpu.add_rms_norm)
-    rope = staticmethod(cpu.rope)
-    silu_and_mul = staticmethod(cpu.silu_and_mul)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Packs the weight for oneDNN."""
         return cpu.pack_linear(weight, bias)
 
-    def attention(self, *, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> "CpuAttention":
+    def norm_linear(
+        self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
-        return CpuAttention(num_kv_heads, block_size, dtype)
+        if x is None:
+            return linear(cpu.rms_norm(residual, weight, eps)), residual
+        return linear(cpu.add_rms_norm(x, residual, weight, eps)), residual
+
+    def norm_gate_up(
+        self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See DeviceOps."""
+        gate_up, residual = self.norm_linear(linear, x, residual, weight, eps)
+        return cpu.silu_and_mul(gate_up), residual
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuAttention:
     """See AttentionBackend."""
 
-    num_kv_heads: int
-    block_size: int
-    dtype: torch.dtype
+    config: AttentionConfig
 
     def begin_prefill(self, metadata: PrefillMetadata) -> Attend:
         """See AttentionBackend."""
-        rows = cpu_attention.cache_rows(metadata.slot_mapping, self.num_kv_heads, self.block_size)
+        config = self.config
+        rows = cpu_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
         chunks = cpu_attention.plan_prefill(
             metadata.query_starts,
             metadata.context_lens,
             metadata.block_tables,
-            self.num_kv_heads,
-            self.block_size,
-            self.dtype,
+            config.num_kv_heads,
+            config.block_size,
+            config.dtype,
         )
+        factors = rotation_factors(metadata.positions, config.inv_freq, config.dtype)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> Tensor:
+        def attend(qkv: Tensor, parameters: HeadParameters, kv_cache: Tensor) -> Tensor:
+            q, k, v = self._heads(qkv, parameters, factors)
             cpu_attention.store_kv(k, v, kv_cache, rows)
-            return cpu_attention.prefill_attention(q, k, v, kv_cache, chunks)
+            return cpu_attention.prefill_attention(q, k, v, kv_cache, chunks).reshape(len(qkv), -1)
 
         return attend
 
     def begin_decode(self, metadata: DecodeMetadata) -> Attend:
         """See AttentionBackend."""
-        rows = cpu_attention.cache_rows(metadata.slot_mapping, self.num_kv_heads, self.block_size)
+        config = self.config
+        rows = cpu_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
         plan = cpu_attention.plan_decode(
-            metadata.block_tables, metadata.context_lens, self.num_kv_heads, self.block_size, self.dtype
+            metadata.block_tables, metadata.context_lens, config.num_kv_heads, config.block_size, config.dtype
         )
+        factors = rotation_factors(metadata.positions, config.inv_freq, config.dtype)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, kv_cache: Tensor) -> Tensor:
+        def attend(qkv: Tensor, parameters: HeadParameters, kv_cache: Tensor) -> Tensor:
+            q, k, v = self._heads(qkv, parameters, factors)
             cpu_attention.store_kv(k, v, kv_cache, rows)
-            return cpu_attention.decode_attention(q, kv_cache, plan)
+            return cpu_attention.decode_attention(q, kv_cache, plan).reshape(len(qkv), -1)
 
         return attend
+
+    def _heads(
+        self, qkv: Tensor, parameters: HeadParameters, factors: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values by head, ready to be stored: [n, heads or kv_heads, head_dim]."""
+        num_heads, num_rotated = self.config.num_heads, self.config.num_heads + self.config.num_kv_heads
+        if parameters.bias is not None:
+            qkv += parameters.bias
+        heads = qkv.view(qkv.shape[0], -1, self.config.head_dim)
+        qk = heads[:, :num_rotated]
+        if parameters.qk_norm is not None:
+            qk = cpu.rms_norm(qk, parameters.qk_norm, self.config.norm_eps)
+        qk = cpu.rope(qk, *factors)
+        return qk[:, :num_heads], qk[:, num_heads:], heads[:, num_rotated:]

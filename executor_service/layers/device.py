@@ -1,4 +1,7 @@
-"""What a model needs from a device; one implementation per device, chosen where the model is loaded."""
+"""What a model needs from a device; one implementation per device, chosen where the model is loaded.
+
+The operations are as coarse as the coarsest device fuses them.
+"""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -6,9 +9,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from executor_service.layers.attention import AttentionBackend
 
-Linear = Callable[[Tensor], Tensor]  # [num_tokens, in_features] -> [num_tokens, out_features]
+# A linear layer as a device has prepared it: [num_tokens, in_features] -> [num_tokens, out_features].
+Linear = Callable[[Tensor], Tensor]
 
 
 class DeviceOps(Protocol):
@@ -23,22 +26,17 @@ class DeviceOps(Protocol):
         """Prepare x @ weight.T + bias for this device; weight: [out_features, in_features]."""
         ...
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Normalize x: [num_tokens, ..., size] over its last dimension; weight: [..., size]."""
+    def norm_linear(
+        self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The linear layer of the norm of x + residual, and that sum; x: [num_tokens, hidden_size], None for zero.
+
+        residual may be overwritten. weight: [hidden_size], of the norm.
+        """
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Add x to residual in place, and normalize the sum; both [num_tokens, hidden_size]."""
-        ...
-
-    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate x: [num_tokens, heads, head_dim]; cos and sin: [num_tokens, 1, head_dim], sin's first half negated."""
-        ...
-
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        """[num_tokens, 2 * size] -> [num_tokens, size]: silu of the first half times the second."""
-        ...
-
-    def attention(self, *, num_kv_heads: int, block_size: int, dtype: torch.dtype) -> AttentionBackend:
-        """Attention over a cache of `num_kv_heads` heads in blocks of `block_size` tokens."""
+    def norm_gate_up(
+        self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """As norm_linear, of a layer whose outputs are gate, then up: the silu of gate times up is returned."""
         ...

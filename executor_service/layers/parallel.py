@@ -42,7 +42,10 @@ class LayerContext:
 
 
 class MergedColumnParallelLinear:
-    """Several column-parallel layers over the same input, packed into one; [n, in] -> [n, sum of parts / ranks]."""
+    """Several column-parallel layers over the same input, packed into one.
+
+    `linear`: [n, in] -> [n, sum of parts / ranks], for the device to run behind a norm: see DeviceOps.norm_linear.
+    """
 
     def __init__(
         self, context: LayerContext, prefix: str, parts: Mapping[str, int], in_features: int, *, bias: bool
@@ -57,24 +60,14 @@ class MergedColumnParallelLinear:
         packed_bias = None
         if bias:
             packed_bias = torch.cat([take(f"{name}.bias", (n,), shard) for name, n in zip(names, sizes, strict=True)])
-        self._linear = context.ops.linear(weight, packed_bias)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, in_features]."""
-        return self._linear(x)
+        self.linear = context.ops.linear(weight, packed_bias)
 
 
-class ColumnParallelLinear(MergedColumnParallelLinear):
-    """A linear layer cut along its outputs."""
+class QKVParallelLinear:
+    """Query, key and value projections, cut along heads. The bias stands apart: attention adds it with its norms.
 
-    def __init__(self, context: LayerContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
-        """name: the layer's full name in the checkpoint."""
-        prefix, _, last = name.rpartition(".")
-        super().__init__(context, prefix, {last: out_features}, in_features, bias=bias)
-
-
-class QKVParallelLinear(MergedColumnParallelLinear):
-    """Query, key and value projections, cut along heads; [n, hidden] -> [n, (heads + 2 * kv_heads) * head_dim]."""
+    `linear`: [n, hidden] -> [n, (heads + 2 * kv_heads) * head_dim / ranks]; `bias`: as long as its outputs, or None.
+    """
 
     def __init__(
         self,
@@ -88,8 +81,13 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         bias: bool,
     ) -> None:
         """prefix: where q_proj, k_proj and v_proj are in the checkpoint; head counts are those of the whole model."""
-        parts = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
-        super().__init__(context, prefix, parts, hidden_size, bias=bias)
+        sizes = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
+        take, shard = context.weights.take, context.parallel.shard(0)
+        weights = [take(f"{prefix}.{name}.weight", (size, hidden_size), shard) for name, size in sizes.items()]
+        self.linear = context.ops.linear(torch.cat(weights), None)
+        self.bias: Tensor | None = None
+        if bias:
+            self.bias = torch.cat([take(f"{prefix}.{name}.bias", (size,), shard) for name, size in sizes.items()])
 
 
 class RowParallelLinear:
@@ -116,7 +114,7 @@ class VocabParallelEmbedding:
         """name: the layer's full name in the checkpoint."""
         self._parallel = context.parallel
         weight = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), self._parallel.shard(0))
-        self.weight = weight.to(context.ops.device)  # [vocab_size / ranks, hidden_size]
+        self.weight = weight  # [vocab_size / ranks, hidden_size]
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids: [n] int64, below vocab_size."""
@@ -130,13 +128,12 @@ class VocabParallelEmbedding:
 
 
 class ParallelLMHead:
-    """The projection to the vocabulary, cut along it; [n, hidden_size] -> [n, vocab_size] float32."""
+    """The projection to the vocabulary, cut along it.
+
+    `linear`: [n, hidden_size] -> [n, vocab_size / ranks]; `gather` makes the whole rows of it.
+    """
 
     def __init__(self, context: LayerContext, weight: Tensor) -> None:
         """weight: this rank's [vocab_size / ranks, hidden_size]."""
-        self._linear = context.ops.linear(weight, None)
-        self._all_gather = context.parallel.all_gather
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """hidden: [n, hidden_size]."""
-        return self._all_gather(self._linear(hidden)).float()
+        self.linear = context.ops.linear(weight, None)
+        self.gather = context.parallel.all_gather

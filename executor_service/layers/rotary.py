@@ -37,15 +37,11 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
     return (1 - kept) * inv_freq / config.factor + kept * inv_freq
 
 
-class RotaryEmbedding:
-    """The factors by which queries and keys are rotated."""
+def rotation_factors(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines, and sines whose first half is negated, as kernels.cpu.rope takes them: [n, 1, head_dim] each.
 
-    def __init__(self, config: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._inv_freq = inverse_frequencies(config, head_dim).to(device)
-        self._dtype = dtype
-
-    def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions: [n] int64; returns cos and sin as DeviceOps.rope wants them, [n, 1, head_dim] each."""
-        angles = (positions[:, None].float() * self._inv_freq)[:, None]  # [n, 1, head_dim / 2]
-        cos, sin = angles.cos().to(self._dtype), angles.sin().to(self._dtype)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    positions: [n]; inv_freq: [head_dim / 2] float32.
+    """
+    angles = (positions[:, None].float() * inv_freq)[:, None]  # [n, 1, head_dim / 2]
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)

@@ -35,7 +35,7 @@ def load_model(
         raise UnsupportedModel(f"{directory} holds a {architecture}, and only {', '.join(registry)} are supported")
     model_class = registry[architecture]
     config = model_class.read_config(fields)
-    with Checkpoint(directory, dtype) as weights:
+    with Checkpoint(directory, dtype, device_ops.device) as weights:
         model = model_class(config, weights, dtype, device_ops, parallel or TensorParallel())
         weights.finish(ignored=frozenset({"lm_head.weight"} if config.tie_word_embeddings else ()))
     return model

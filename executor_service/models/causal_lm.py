@@ -1,12 +1,13 @@
 """The decoder that Llama, Qwen2 and Qwen3 share; a model's own file says which of its parts are switched on."""
 
 import abc
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from executor_service.layers.attention import Attend
+from executor_service.layers.attention import Attend, AttentionConfig, HeadParameters
 from executor_service.layers.device import DeviceOps
 from executor_service.layers.parallel import (
     LayerContext,
@@ -17,7 +18,7 @@ from executor_service.layers.parallel import (
     TensorParallel,
     VocabParallelEmbedding,
 )
-from executor_service.layers.rotary import RotaryEmbedding
+from executor_service.layers.rotary import inverse_frequencies
 from executor_service.models.config import ModelConfig
 from executor_service.weights.checkpoint import Checkpoint
 from executor_service.weights.errors import UnsupportedModel
@@ -29,9 +30,6 @@ class _Attention:
     def __init__(self, context: LayerContext, prefix: str, config: ModelConfig) -> None:
         self._ops = context.ops
         self._eps = config.rms_norm_eps
-        self._head_dim = config.head_dim
-        self._num_heads = config.num_heads // context.parallel.size
-        self._num_kv_heads = config.num_kv_heads // context.parallel.size
         self._qkv = QKVParallelLinear(
             context,
             prefix,
@@ -41,13 +39,14 @@ class _Attention:
             config.head_dim,
             bias=config.qkv_bias,
         )
-        self._qk_norm: Tensor | None = None  # [heads + kv_heads, head_dim]: queries and keys are normalized at once
+        qk_norm: Tensor | None = None
         if config.qk_norm:
             q_norm, k_norm = (
-                context.weights.take(f"{prefix}.{name}.weight", (config.head_dim,)).to(context.ops.device)
-                for name in ("q_norm", "k_norm")
+                context.weights.take(f"{prefix}.{name}.weight", (config.head_dim,)) for name in ("q_norm", "k_norm")
             )
-            self._qk_norm = torch.stack([q_norm] * self._num_heads + [k_norm] * self._num_kv_heads)
+            num_heads, num_kv_heads = (n // context.parallel.size for n in (config.num_heads, config.num_kv_heads))
+            qk_norm = torch.stack([q_norm] * num_heads + [k_norm] * num_kv_heads)
+        self._parameters = HeadParameters(self._qkv.bias, qk_norm)
         self._output = RowParallelLinear(
             context,
             f"{prefix}.o_proj",
@@ -56,26 +55,23 @@ class _Attention:
             bias=config.output_bias,
         )
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attend: Attend) -> Tensor:
-        """x: [n, hidden_size] -> the same shape."""
-        num_rotated = self._num_heads + self._num_kv_heads
-        qkv = self._qkv(x).view(x.shape[0], num_rotated + self._num_kv_heads, self._head_dim)
-        qk = qkv[:, :num_rotated]
-        if self._qk_norm is not None:
-            qk = self._ops.rms_norm(qk, self._qk_norm, self._eps)
-        qk = self._ops.rope(qk, cos, sin)
-        attended = attend(qk[:, : self._num_heads], qk[:, self._num_heads :], qkv[:, num_rotated:], kv_cache)
-        return self._output(attended.reshape(x.shape[0], -1))
+    def __call__(
+        self, x: Tensor | None, residual: Tensor, norm: Tensor, kv_cache: Tensor, attend: Attend
+    ) -> tuple[Tensor, Tensor]:
+        """See _DecoderLayer; norm: [hidden_size], of what stands before."""
+        qkv, residual = self._ops.norm_linear(self._qkv.linear, x, residual, norm, self._eps)
+        return self._output(attend(qkv, self._parameters, kv_cache)), residual
 
 
 class _DecoderLayer:
-    """Attention and feed-forward; the norm before the layer is its caller's, as it ends the layer before."""
+    """Attention and feed-forward, each behind a norm of what has been summed up before it."""
 
     def __init__(self, context: LayerContext, prefix: str, config: ModelConfig) -> None:
         self._ops = context.ops
         self._eps = config.rms_norm_eps
+        self._input_norm = _take_norm(context, f"{prefix}.input_layernorm", config)
         self._attention = _Attention(context, f"{prefix}.self_attn", config)
-        self._norm = _take_norm(context, f"{prefix}.post_attention_layernorm", config)
+        self._post_attention_norm = _take_norm(context, f"{prefix}.post_attention_layernorm", config)
         self._gate_up = MergedColumnParallelLinear(
             context,
             f"{prefix}.mlp",
@@ -87,13 +83,23 @@ class _DecoderLayer:
             context, f"{prefix}.mlp.down_proj", config.intermediate_size, config.hidden_size, bias=config.mlp_bias
         )
 
-    def __call__(
-        self, x: Tensor, residual: Tensor, cos: Tensor, sin: Tensor, kv_cache: Tensor, attend: Attend
-    ) -> Tensor:
-        """x: [n, hidden_size], normalized; returns what is to be added to residual, which is updated in place."""
-        x = self._attention(x, cos, sin, kv_cache, attend)
-        x = self._ops.add_rms_norm(x, residual, self._norm, self._eps)
-        return self._down(self._ops.silu_and_mul(self._gate_up(x)))
+    def __call__(self, x: Tensor | None, residual: Tensor, kv_cache: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
+        """Take and return (x, residual), whose sum is the hidden state: [n, hidden_size] each; x None: zero."""
+        x, residual = self._attention(x, residual, self._input_norm, kv_cache, attend)
+        x, residual = self._ops.norm_gate_up(self._gate_up.linear, x, residual, self._post_attention_norm, self._eps)
+        return self._down(x), residual
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """What the last layer leaves; the sum of both is still to be normalized."""
+
+    x: Tensor  # [n, hidden_size]
+    residual: Tensor  # [n, hidden_size]
+
+    def select(self, rows: Tensor) -> "Hidden":
+        """rows: [num_selected] integers."""
+        return Hidden(self.x.index_select(0, rows), self.residual.index_select(0, rows))
 
 
 class CausalLM(abc.ABC):
@@ -115,38 +121,45 @@ class CausalLM(abc.ABC):
         self.config = config
         self._ops = ops
         self._embedding = VocabParallelEmbedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
-        prefixes = [f"model.layers.{i}" for i in range(config.num_layers)]
-        self._layers: list[_DecoderLayer] = []
-        self._norms: list[Tensor] = []  # each layer's input norm, and the final one
-        for prefix in prefixes:
-            self._norms.append(_take_norm(context, f"{prefix}.input_layernorm", config))
-            self._layers.append(_DecoderLayer(context, prefix, config))
-        self._norms.append(_take_norm(context, "model.norm", config))
+        self._layers = [_DecoderLayer(context, f"model.layers.{i}", config) for i in range(config.num_layers)]
+        self._norm = _take_norm(context, "model.norm", config)
         head = self._embedding.weight
         if not config.tie_word_embeddings:
             head = weights.take("lm_head.weight", (config.vocab_size, config.hidden_size), parallel.shard(0))
         self._lm_head = ParallelLMHead(context, head)
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, dtype, ops.device)
+        self._attention_sizes = (config.num_heads // parallel.size, config.num_kv_heads // parallel.size)
+        self._dtype = dtype
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv_caches: list[Tensor], attend: Attend) -> Tensor:
+    def attention_config(self, block_size: int) -> AttentionConfig:
+        """What a device's attention needs to know of this rank's part of the model."""
+        num_heads, num_kv_heads = self._attention_sizes
+        return AttentionConfig(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=block_size,
+            dtype=self._dtype,
+            norm_eps=self.config.rms_norm_eps,
+            inv_freq=inverse_frequencies(self.config.rope, self.config.head_dim).to(self._ops.device),
+        )
+
+    def forward(self, input_ids: Tensor, kv_caches: list[Tensor], attend: Attend) -> Hidden:
         """Run all layers.
 
-        input_ids, positions: [n] int64; kv_caches: one a layer, [num_blocks, kv_heads, 2, block_size, head_dim].
-        Returns the last hidden states, normalized: [n, hidden_size] in the model's dtype.
+        input_ids: [n] integers; kv_caches: one a layer, [num_blocks, kv_heads, 2, block_size, head_dim].
         """
-        eps = self.config.rms_norm_eps
-        cos, sin = self._rotary(positions)
-        residual = self._embedding(input_ids)
-        x = self._ops.rms_norm(residual, self._norms[0], eps)
-        for layer, next_norm, kv_cache in zip(self._layers, self._norms[1:], kv_caches, strict=True):
-            x = layer(x, residual, cos, sin, kv_cache, attend)
-            x = self._ops.add_rms_norm(x, residual, next_norm, eps)
-        return x
+        x, residual = None, self._embedding(input_ids)
+        for layer, kv_cache in zip(self._layers, kv_caches, strict=True):
+            x, residual = layer(x, residual, kv_cache, attend)
+        assert x is not None, "a model has a layer"
+        return Hidden(x, residual)
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n, vocab_size] float32."""
-        return self._lm_head(hidden)
+    def compute_logits(self, hidden: Hidden) -> Tensor:
+        """[n, vocab_size] in the model's dtype."""
+        head = self._lm_head
+        logits, _ = self._ops.norm_linear(head.linear, hidden.x, hidden.residual, self._norm, self.config.rms_norm_eps)
+        return head.gather(logits)
 
 
 def _take_norm(context: LayerContext, name: str, config: ModelConfig) -> Tensor:
-    return context.weights.take(f"{name}.weight", (config.hidden_size,)).to(context.ops.device)
+    return context.weights.take(f"{name}.weight", (config.hidden_size,))

@@ -13,8 +13,9 @@ from torch import Tensor
 from executor_service import weights
 from executor_service.config import ExecutorConfig
 from executor_service.layers.attention import AttentionBackend
-from executor_service.layers.cpu import CpuOps
+from executor_service.layers.cpu import CpuAttention, CpuOps
 from executor_service.models import CausalLM, load_model
+from executor_service.models.causal_lm import Hidden
 from executor_service.plan import Column, Limits, Plan
 from executor_service.runner.kv_cache import (
     KVCacheShape,
@@ -73,7 +74,7 @@ def build_runner(config: ExecutorConfig) -> "ModelRunner":
         ),
         graph_batch_sizes=(),
     )
-    attention = ops.attention(num_kv_heads=shape.num_kv_heads, block_size=shape.block_size, dtype=dtype)
+    attention = CpuAttention(model.attention_config(config.block_size))
     return ModelRunner(info, model, allocate_on_cpu(shape, num_blocks), attention, sample)
 
 
@@ -125,9 +126,9 @@ class ModelRunner:
         start_ns = time.perf_counter_ns()
         inputs = prefill_inputs(plan, self._slots, self._info.limits.block_size)
         attend = self._attention.begin_prefill(inputs.metadata)
-        hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_caches, attend)
+        hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
         self._slots.prefilled(inputs.slots, inputs.ends)
-        sampled = self._sample_next(inputs.sampling_slots, hidden[inputs.sampling_rows])
+        sampled = self._sample_next(inputs.sampling_slots, hidden.select(inputs.sampling_rows))
         return _output(plan.step_id, plan.iterations > 0, sampled, start_ns)
 
     @torch.inference_mode()
@@ -139,15 +140,15 @@ class ModelRunner:
             return _output(step_id, False, _NOTHING, start_ns)
         inputs = decode_inputs(self._slots, self._info.limits.block_size)
         attend = self._attention.begin_decode(inputs.metadata)
-        hidden = self._model.forward(inputs.input_ids, inputs.positions, self._kv_caches, attend)
-        self._slots.prefilled(slots, inputs.positions + 1)
+        hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
+        self._slots.prefilled(slots, inputs.metadata.positions + 1)
         return _output(step_id, False, self._sample_next(slots, hidden), start_ns)
 
-    def _sample_next(self, slots: Tensor, hidden: Tensor) -> "_Sampled":
-        """Choose the next token of each slot; slots: [n] int64, hidden: [n, hidden_size]."""
+    def _sample_next(self, slots: Tensor, hidden: Hidden) -> "_Sampled":
+        """Choose the next token of each slot; slots: [n] int64, and a row of hidden for each."""
         if not len(slots):
             return _NOTHING
-        logits = self._model.compute_logits(hidden)
+        logits = self._model.compute_logits(hidden).float()
         is_finite = logits.sum(-1).isfinite()  # a sum is finite only where every term is
         errors: list[tuple[int, str]] = []
         if not bool(is_finite.all()):

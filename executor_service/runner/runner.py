@@ -21,6 +21,28 @@ class StepOutput:
     slot_errors: list[tuple[int, str]]
     device_time_ns: int
 
+    def wait(self) -> "StepOutput":
+        """An output that is there already is a pending one for which nobody waits."""
+        return self
+
+
+class Pending(Protocol):
+    """An output that the device is still working on."""
+
+    @property
+    def step_id(self) -> int:
+        """As in StepOutput."""
+        ...
+
+    @property
+    def partial(self) -> bool:
+        """As in StepOutput."""
+        ...
+
+    def wait(self) -> StepOutput:
+        """Block until it is there. Called once for each, in order, from one thread other than the runner's."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class RunnerInfo:
@@ -36,7 +58,7 @@ class RunnerInfo:
 
 
 class Runner(Protocol):
-    """Runs plans in order on one device, from one thread."""
+    """Runs plans in order on one device, from one thread; a device may still be busy with what was yielded."""
 
     @property
     def info(self) -> RunnerInfo:
@@ -47,7 +69,7 @@ class Runner(Protocol):
         """Empty every slot; the KV entries are forgotten."""
         ...
 
-    def execute(self, plan: Plan) -> Iterator[StepOutput]:
-        """Run one plan; yields each step's output as soon as the host has it, a partial one after the prefill
-        phase where both phases sample."""
+    def execute(self, plan: Plan) -> Iterator[Pending]:
+        """Run one plan, step by step, as the iterator is advanced; yields each step's output, and a partial one after
+        the prefill phase where both phases sample. Raises: InvalidPlan, before anything has changed."""
         ...

@@ -15,7 +15,6 @@ class PrefillInputs:
     """The chunks of a plan, one after the other."""
 
     input_ids: Tensor  # [num_tokens] int64
-    positions: Tensor  # [num_tokens] int64
     metadata: PrefillMetadata
     slots: Tensor  # [num_chunks] int64
     ends: Tensor  # [num_chunks] int64, the position after each chunk
@@ -28,7 +27,6 @@ class DecodeInputs:
     """The newest token of each decoding slot."""
 
     input_ids: Tensor  # [batch] int64
-    positions: Tensor  # [batch] int64
     metadata: DecodeMetadata
 
 
@@ -51,6 +49,7 @@ def prefill_inputs(plan: Plan, slots: SlotState, block_size: int) -> PrefillInpu
 
     ends, is_sampling = plan.prefill_starts + plan.prefill_counts, samples.bool()
     metadata = PrefillMetadata(
+        positions=positions,
         slot_mapping=blocks * block_size + positions % block_size,
         query_starts=(0, *plan.prefill_counts.cumsum().tolist()),
         context_lens=tuple(ends.tolist()),
@@ -58,7 +57,6 @@ def prefill_inputs(plan: Plan, slots: SlotState, block_size: int) -> PrefillInpu
     )
     return PrefillInputs(
         input_ids=input_ids,
-        positions=positions,
         metadata=metadata,
         slots=chunk_slots,
         ends=starts + counts,
@@ -73,11 +71,12 @@ def decode_inputs(slots: SlotState, block_size: int) -> DecodeInputs:
     block_tables = slots.block_tables[slots.decode_slots]
     blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
     metadata = DecodeMetadata(
+        positions=positions,
         slot_mapping=blocks * block_size + positions % block_size,
         block_tables=block_tables,
         context_lens=(positions + 1).int(),
     )
-    return DecodeInputs(input_ids=slots.last_token[slots.decode_slots], positions=positions, metadata=metadata)
+    return DecodeInputs(input_ids=slots.last_token[slots.decode_slots], metadata=metadata)
 
 
 def _known(slots: SlotState, slot: int) -> Tensor:

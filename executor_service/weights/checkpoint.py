@@ -25,11 +25,12 @@ class Shard:
 
 
 class Checkpoint:
-    """The tensors of a model directory, each read once, in one dtype. Use as a context manager."""
+    """The tensors of a model directory, each read once, to one device and dtype. Use as a context manager."""
 
-    def __init__(self, directory: Path, dtype: torch.dtype) -> None:
+    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
         """Open every file and read its header. Raises: InvalidCheckpoint."""
         self._dtype = dtype
+        self._device = device
         self._directory = directory
         self._exits = contextlib.ExitStack()
         self._files: dict[str, Any] = {}  # tensor name -> open file
@@ -58,7 +59,7 @@ class Checkpoint:
             self._files[name] = file
 
     def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """Read a tensor of `shape`, or its shard; the result is a copy in the checkpoint's dtype.
+        """Read a tensor of `shape`, or its shard; the result is a copy on the checkpoint's device, in its dtype.
 
         Raises: InvalidCheckpoint, where it is missing, has another shape or is no float.
         """
@@ -74,7 +75,7 @@ class Checkpoint:
             raise InvalidCheckpoint(f"{name!r} in {self._directory} is {stored.get_dtype()}, not one of {_FLOATS}")
         self._taken.add(name)
         # A copy, because the file is only mapped: it may change or shrink once it is closed.
-        return _part(stored, shape, shard).to(self._dtype, copy=True)
+        return _part(stored, shape, shard).to(self._device, self._dtype, copy=True)
 
     def finish(self, ignored: frozenset[str]) -> None:
         """Raises: InvalidCheckpoint, where a tensor was neither taken nor is to be ignored."""

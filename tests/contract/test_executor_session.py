@@ -70,6 +70,7 @@ class Executor:
     address: str
     channel: grpc.aio.Channel
     serving: asyncio.Task[bool]
+    stop: asyncio.Event
 
     def connect(self, channel: grpc.aio.Channel | None = None) -> "Core":
         multi = (channel or self.channel).stream_stream(
@@ -130,7 +131,7 @@ async def running(runner: ScriptedRunner) -> AsyncIterator[Executor]:
         address = f"127.0.0.1:{await listening}"
         async with grpc.aio.insecure_channel(address) as channel:
             try:
-                yield Executor(runner, address, channel, serving)
+                yield Executor(runner, address, channel, serving, stop)
             finally:
                 runner.gate.set()
                 stop.set()
@@ -508,8 +509,9 @@ async def test_a_stopping_executor_ends_its_sessions_with_unavailable() -> None:
     async with running(ScriptedRunner()) as executor:
         core, waiting = await executor.connect().open(), executor.connect()
         await waiting.info()
-        ends = asyncio.gather(core.end(), waiting.end())
-    assert [code for code, _ in await ends] == [Code.UNAVAILABLE, Code.UNAVAILABLE]
+        executor.stop.set()
+        ends = await asyncio.gather(core.end(), waiting.end())
+    assert [code for code, _ in ends] == [Code.UNAVAILABLE, Code.UNAVAILABLE]
     assert executor.serving.result() is True
 
 

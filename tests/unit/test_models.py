@@ -137,7 +137,7 @@ class TestTwoRanks:
     @pytest.fixture
     def weights(self, tmp_path):
         save_tiny_model(tmp_path, "LlamaForCausalLM", attention_bias=True)
-        with Checkpoint(tmp_path, torch.float32) as checkpoint:
+        with Checkpoint(tmp_path, torch.float32, torch.device("cpu")) as checkpoint:
             yield checkpoint
 
     def build(self, weights, layer, *arguments, **options):
@@ -149,10 +149,10 @@ class TestTwoRanks:
         prefix = "model.layers.0.self_attn"
         whole, first, second = self.build(weights, QKVParallelLinear, prefix, 64, 4, 2, 16, bias=True)
         x = torch.randn(5, 64)
-        q, k, v = whole(x).split([64, 32, 32], dim=1)
+        q, k, v = (whole.linear(x) + whole.bias).split([64, 32, 32], dim=1)
         for half, columns in ((first, slice(0, None)), (second, slice(1, None))):
             expected = [part.chunk(2, dim=1)[columns][0] for part in (q, k, v)]
-            torch.testing.assert_close(half(x), torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(half.linear(x) + half.bias, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
 
     def test_row_parallel_parts_sum_to_the_whole_with_its_bias_once(self, weights):
         name = "model.layers.0.self_attn.o_proj"

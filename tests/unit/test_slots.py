@@ -148,7 +148,7 @@ def check_prefill(plan: Plan, model: Model, device: Device) -> None:
     )
     flat = [(slot, position) for slot, start, count in chunks for position in range(start, start + count)]
     assert inputs.input_ids.tolist() == [model.rows[slot].tokens[position] for slot, position in flat]
-    assert inputs.positions.tolist() == [position for _, position in flat]
+    assert inputs.metadata.positions.tolist() == [position for _, position in flat]
     assert inputs.metadata.slot_mapping.tolist() == [where(model.rows[slot], position) for slot, position in flat]
     assert inputs.metadata.context_lens == tuple(start + count for _, start, count in chunks)
     starts = inputs.metadata.query_starts
@@ -173,12 +173,12 @@ def check_decode(model: Model, device: Device) -> None:
     inputs = decode_inputs(device.slots, LIMITS.block_size)
     rows = [model.rows[slot] for slot in slots]
     assert inputs.input_ids.tolist() == [row.tokens[-1] for row in rows]
-    assert inputs.positions.tolist() == [len(row.tokens) - 1 for row in rows]
+    assert inputs.metadata.positions.tolist() == [len(row.tokens) - 1 for row in rows]
     assert inputs.metadata.context_lens.tolist() == [len(row.tokens) for row in rows]
     assert inputs.metadata.slot_mapping.tolist() == [where(row, len(row.tokens) - 1) for row in rows]
     for table, row in zip(inputs.metadata.block_tables, rows, strict=True):
         assert table[: len(row.blocks)].tolist() == row.blocks
-    device.slots.prefilled(device.slots.decode_slots, inputs.positions + 1)
+    device.slots.prefilled(device.slots.decode_slots, inputs.metadata.positions + 1)
     sample(model, device, slots)
 
 

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from executor_service.layers.attention import DecodeMetadata, PrefillMetadata
-from executor_service.layers.cpu import CpuOps
+from executor_service.layers.cpu import CpuAttention, CpuOps
 from executor_service.models import CausalLM, load_model
 
 LLAMA3 = {
@@ -73,13 +73,13 @@ class PagedRun:
     def __init__(
         self, model: CausalLM, num_seqs: int, dtype: torch.dtype = torch.float32, max_blocks: int = 20
     ) -> None:
-        config, ops = model.config, CpuOps()
+        config = model.config
         self.model = model
         permutation = torch.randperm(num_seqs * max_blocks, generator=torch.Generator().manual_seed(0))
         self.block_tables = permutation.int().view(num_seqs, max_blocks)
         cache_shape = (num_seqs * max_blocks, config.num_kv_heads, 2, self.BLOCK_SIZE, config.head_dim)
         self.kv_caches = [torch.zeros(cache_shape, dtype=dtype) for _ in range(config.num_layers)]
-        self.attention = ops.attention(num_kv_heads=config.num_kv_heads, block_size=self.BLOCK_SIZE, dtype=dtype)
+        self.attention = CpuAttention(model.attention_config(self.BLOCK_SIZE))
         self.context_lens = [0] * num_seqs
 
     @torch.inference_mode()
@@ -90,21 +90,24 @@ class PagedRun:
         positions = [torch.arange(start, end) for start, end in zip(starts, ends, strict=True)]
         slots = [self._slots(torch.full_like(p, i), p) for i, p in enumerate(positions)]
         query_starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
-        metadata = PrefillMetadata(torch.cat(slots), tuple(query_starts), tuple(ends), self.block_tables)
+        metadata = PrefillMetadata(
+            torch.cat(positions), torch.cat(slots), tuple(query_starts), tuple(ends), self.block_tables
+        )
         attend = self.attention.begin_prefill(metadata)
-        hidden = self.model.forward(torch.cat(chunks), torch.cat(positions), self.kv_caches, attend)
+        hidden = self.model.forward(torch.cat(chunks), self.kv_caches, attend)
         self.context_lens = ends
-        return list(self.model.compute_logits(hidden).split(counts))
+        return list(self.model.compute_logits(hidden).float().split(counts))
 
     @torch.inference_mode()
     def decode(self, token_ids: Tensor) -> Tensor:
         """token_ids: [num_seqs]; returns [num_seqs, vocab_size]."""
         positions = torch.tensor(self.context_lens)
         slots = self._slots(torch.arange(len(positions)), positions)
-        attend = self.attention.begin_decode(DecodeMetadata(slots, self.block_tables, (positions + 1).int()))
-        hidden = self.model.forward(token_ids, positions, self.kv_caches, attend)
+        metadata = DecodeMetadata(positions, slots, self.block_tables, (positions + 1).int())
+        attend = self.attention.begin_decode(metadata)
+        hidden = self.model.forward(token_ids, self.kv_caches, attend)
         self.context_lens = (positions + 1).tolist()
-        return self.model.compute_logits(hidden)
+        return self.model.compute_logits(hidden).float()
 
     def _slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
         blocks = self.block_tables[sequences, positions // self.BLOCK_SIZE].long()
