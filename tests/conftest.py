@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,6 +8,10 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read where triton is imported, which any test may do
 
 # No test asserts a time, and a slow machine must not fail one.
 hypothesis.settings.register_profile("duet", deadline=None, print_blob=True)
