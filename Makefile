@@ -30,7 +30,7 @@ generate_stubs = $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-scheduler run-executor bench test check fix protos check-protos check-breaking clean
+.PHONY: help run run-scheduler run-executor bench test test-gpu check fix protos check-protos check-breaking clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -50,6 +50,9 @@ bench: $(INSTALLED_BENCH) ## Measure beside other engines and store the figures
 
 test: $(INSTALLED_DEV) ## Run every test that needs no GPU
 	$(PY) -m pytest $(ARGS)
+
+test-gpu: $(INSTALLED_DEV) ## Run what a GPU shows: kernels, golden tokens, graphs, executor loss
+	$(PY) -m pytest tests/kernels/gpu tests/gpu tests/golden tests/faults $(ARGS)
 
 check: $(INSTALLED_DEV) check-protos check-breaking ## Check style, types, import rules, protocols, stubs; count lines
 	$(VENV)/bin/ruff check

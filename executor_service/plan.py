@@ -120,6 +120,8 @@ def _new_sequence(message: pb.NewSequence, limits: Limits) -> NewSequence:
     if not len(token_ids) < message.max_total_tokens <= limits.max_model_len:
         raise InvalidPlan(f"slot {message.slot}: max_total_tokens {message.max_total_tokens}")
     sampling = message.sampling
+    if sampling.choice_index >= 2**31:
+        raise InvalidPlan(f"slot {message.slot}: choice_index {sampling.choice_index}")
     return NewSequence(
         slot=message.slot,
         token_ids=token_ids,

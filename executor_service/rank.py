@@ -23,7 +23,7 @@ def main() -> int:
     config = parse(ExecutorConfig, None, prog="python -m executor_service.rank", description="One rank of an executor.")
     log_to_stderr("rank 0")
     # torch takes seconds to import: only now, when this process can no longer outlive its supervisor.
-    from executor_service.runner.model_runner import build_runner
+    from executor_service.runner.build import build_runner
 
     # Only one thread may ever compute: each that does gets OpenMP workers of its own, and with more of them than
     # cores they stop spinning at barriers, which makes a decode step half as slow again.

@@ -11,8 +11,9 @@ from grpc_health.v1.health import SERVICE_NAME
 from grpc_health.v1.health import aio as aio_health  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
+from executor_service.device import Device
 from executor_service.runner.runner import Runner
-from executor_service.session import Device, SessionService
+from executor_service.session import SessionService
 from protos.duet.executor.v1 import executor_pb2 as pb
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ExecutorService"].full_name

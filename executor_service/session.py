@@ -1,24 +1,20 @@
-"""The session protocol, and the threads that run plans on the device.
+"""The session protocol.
 
 Each stream has a reader, which decodes plans and queues them for the device, and a writer, which sends what comes
-back. The device's threads launch what is queued, in order, and wait for its results, but for no stream. Readers and writers live on one event
-loop, so what they do between two awaits is atomic: opening an epoch and queueing plans need no other lock.
+back. Readers and writers live on one event loop, so what they do between two awaits is atomic: opening an epoch and
+queueing plans need no other lock.
 """
 
 import asyncio
-import collections
-import dataclasses
 import logging
-import queue
-import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from executor_service.plan import InvalidPlan, Plan, decode_plan
-from executor_service.runner.runner import Pending, Runner, RunnerInfo, StepOutput
+from executor_service.device import Device, Session, SessionError, Wiped, last_step_id
+from executor_service.plan import InvalidPlan, decode_plan
+from executor_service.runner.runner import StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
 
 PROTOCOL_VERSION = 1
@@ -28,123 +24,6 @@ Context = grpc.aio.ServicerContext[bytes, pb.RunSessionResponse]
 log = logging.getLogger(__name__)
 
 
-class SessionError(Exception):
-    """Ends a session with a status."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wiped:
-    """The device's answer to an opening: what ran before is over and every slot is empty."""
-
-
-# What reaches a stream's writer. None: the client closed its side.
-_Event = _Wiped | StepOutput | SessionError | None
-
-
-class _Session:
-    """One stream, from its first message to its end. `ended` alone is also read and written by the device's threads."""
-
-    def __init__(self) -> None:
-        self.epoch: int | None = None  # None until it was opened
-        self.is_wiped = False  # whether plans may come
-        self.ended = False  # its queued plans are dropped
-        self.next_step_id = 1
-        self.last_step_ids: collections.deque[int] = collections.deque()  # of each plan in flight
-        self.events: asyncio.Queue[_Event] = asyncio.Queue()  # holds results of MAX_INFLIGHT_PLANS plans at most
-
-    def end(self, error: SessionError | None) -> None:
-        """Drop what is queued and let the writer end the stream."""
-        self.ended = True
-        self.events.put_nowait(error)
-
-
-class Device:
-    """Runs jobs in order: plans, and the wiping of slots between epochs.
-
-    One thread launches them, and a second waits for what they bring, so that a device that works by itself is given
-    its next job before the last one has ended.
-    """
-
-    def __init__(self, runner: Runner, thread: ThreadPoolExecutor) -> None:
-        """`thread`: one worker, the one that built the runner (see rank.py)."""
-        self._runner = runner
-        self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[tuple[_Session, Plan | None] | None] = queue.SimpleQueue()
-        self._launched: queue.SimpleQueue[tuple[_Session, Pending | Exception] | None] = queue.SimpleQueue()
-        self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
-        self._has_failed = False  # the same for both threads
-        self._launching = thread.submit(self._launch_jobs)
-        self._collecting = threading.Thread(target=self._collect_outputs, name="device results")
-        self._collecting.start()
-
-    @property
-    def info(self) -> RunnerInfo:
-        """The runner's."""
-        return self._runner.info
-
-    def submit(self, session: _Session, plan: Plan | None) -> None:
-        """Queue a plan, or the wiping of slots (None). Its results go to the session; nothing runs once that ended."""
-        self._jobs.put((session, plan))
-
-    def close(self) -> None:
-        """Wait for the running job, of a session that ended, and end both threads."""
-        self._jobs.put(None)
-        self._launching.result()
-        self._collecting.join()
-
-    def _launch_jobs(self) -> None:
-        while (job := self._jobs.get()) is not None and not self._has_failed:
-            session, plan = job
-            if session.ended:
-                continue
-            try:
-                self._launch(session, plan)
-            except Exception as error:
-                session.ended = True  # here, since the next job may be this session's too
-                self._launched.put((session, error))
-        self._launched.put(None)
-
-    def _launch(self, session: _Session, plan: Plan | None) -> None:
-        if plan is None:
-            self._runner.reset()
-            self._post(session, _Wiped())
-            return
-        pending = None
-        for pending in self._runner.execute(plan):
-            self._launched.put((session, pending))
-            if session.ended:  # nobody reads the rest of an iterated plan
-                return
-        assert pending, "a plan without a result"
-        assert (pending.step_id, pending.partial) == (_last_step_id(plan), False), "the last step lacks its result"
-
-    def _collect_outputs(self) -> None:
-        """Post outputs in order; what a launch raised comes after the outputs of the launches before it."""
-        while (launched := self._launched.get()) is not None:
-            session, pending = launched
-            try:
-                if isinstance(pending, Exception):
-                    raise pending
-                self._post(session, pending.wait())
-            except InvalidPlan as error:
-                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
-            except Exception as error:
-                self._fail(session, error)
-
-    def _fail(self, session: _Session, error: Exception) -> None:
-        log.error("the device failed in epoch %s", session.epoch, exc_info=error)
-        self._has_failed = session.ended = True
-        self._post(session, SessionError(grpc.StatusCode.INTERNAL, f"the device failed: {error!r}"))
-        self._loop.call_soon_threadsafe(self.failed.set)
-
-    def _post(self, session: _Session, event: _Event) -> None:
-        self._loop.call_soon_threadsafe(session.events.put_nowait, event)
-
-
 class SessionService:
     """ExecutorService/RunSession over one device. Requests arrive as bytes, so that garbage gets a proper status."""
 
@@ -152,12 +31,12 @@ class SessionService:
         self._device = device
         self._boot_id = uuid.uuid4().hex
         self._last_epoch = 0
-        self._holder: _Session | None = None  # of the last epoch, alive or ended
-        self._sessions: set[_Session] = set()  # every stream, opened or waiting
+        self._holder: Session | None = None  # of the last epoch, alive or ended
+        self._sessions: set[Session] = set()  # every stream, opened or waiting
 
     async def run_session(self, _: object, context: Context) -> None:
         """Serve one stream until the client closes it, breaks the protocol or is fenced."""
-        session = _Session()
+        session = Session()
         self._sessions.add(session)
         try:
             await context.write(pb.RunSessionResponse(info=self._describe()))
@@ -201,7 +80,7 @@ class SessionService:
             max_inflight_plans=MAX_INFLIGHT_PLANS,
         )
 
-    async def _read(self, session: _Session, context: Context) -> None:
+    async def _read(self, session: Session, context: Context) -> None:
         """Queue what the client sends until its side or the session ends."""
         try:
             while (data := await context.read()) is not grpc.aio.EOF:  # pyright: ignore[reportAttributeAccessIssue]
@@ -215,7 +94,7 @@ class SessionService:
             log.exception("reading epoch %s failed", session.epoch)
             session.end(SessionError(grpc.StatusCode.INTERNAL, repr(error)))
 
-    def _handle(self, session: _Session, data: bytes) -> None:
+    def _handle(self, session: Session, data: bytes) -> None:
         try:
             request = pb.RunSessionRequest.FromString(data)
         except DecodeError as error:
@@ -228,7 +107,7 @@ class SessionService:
             case _:
                 raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, "neither open nor plan is set")
 
-    def _open(self, session: _Session, request: pb.OpenSession) -> None:
+    def _open(self, session: Session, request: pb.OpenSession) -> None:
         """Put the epoch in force, fencing the session before it. Its plans may come when the device has wiped."""
         info = self._device.info
         if session.epoch is not None:
@@ -248,7 +127,7 @@ class SessionService:
         self._holder = session
         self._device.submit(session, None)
 
-    def _enqueue(self, session: _Session, message: pb.StepPlan) -> None:
+    def _enqueue(self, session: Session, message: pb.StepPlan) -> None:
         if not session.is_wiped:
             raise _precondition("a plan before the session was opened")
         if message.epoch != session.epoch:
@@ -261,18 +140,18 @@ class SessionService:
             plan = decode_plan(message, self._device.info.limits)
         except InvalidPlan as error:
             raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
-        session.last_step_ids.append(_last_step_id(plan))
-        session.next_step_id = _last_step_id(plan) + 1
+        session.last_step_ids.append(last_step_id(plan))
+        session.next_step_id = last_step_id(plan) + 1
         self._device.submit(session, plan)
 
 
-async def _write(session: _Session, context: Context) -> None:
+async def _write(session: Session, context: Context) -> None:
     """Send what the device produces; returns when the client closed its side. Raises: SessionError."""
     while (event := await session.events.get()) is not None:
         match event:
             case SessionError():
                 raise event
-            case _Wiped():
+            case Wiped():
                 assert session.epoch
                 session.is_wiped = True
                 await context.write(pb.RunSessionResponse(opened=pb.SessionOpened(epoch=session.epoch)))
@@ -294,10 +173,6 @@ def _encode(output: StepOutput, epoch: int | None) -> pb.StepResult:
         slot_errors=[pb.SlotError(slot=slot, message=message) for slot, message in output.slot_errors],
         device_time_ns=output.device_time_ns,
     )
-
-
-def _last_step_id(plan: Plan) -> int:
-    return plan.step_id + max(plan.iterations, 1) - 1
 
 
 def _precondition(message: str) -> SessionError:

@@ -20,6 +20,8 @@ def setting(
 ) -> Any:
     """A dataclass field that is also a flag; `default` of dataclasses.MISSING makes the flag required.
 
+    A bool is False, and its flag takes no value.
+
     `parse` refuses a number below `least` or above `most`.
     """
     metadata = {"help": help_text, "choices": choices, "least": least, "most": most}
@@ -41,7 +43,7 @@ def to_argv(settings: Any) -> list[str]:
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if value != field.default:
-            argv += [_flag(field.name), str(value)]
+            argv += [_flag(field.name)] if value is True else [_flag(field.name), str(value)]
     return argv
 
 
@@ -50,6 +52,9 @@ def _flag(name: str) -> str:
 
 
 def _add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+    if hint is bool:
+        parser.add_argument(_flag(field.name), action="store_true", help=field.metadata["help"])
+        return
     if isinstance(hint, types.UnionType):  # "int | None": None is the default, never typed
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     parser.add_argument(

@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-
 # A linear layer as a device has prepared it: [num_tokens, in_features] -> [num_tokens, out_features].
 Linear = Callable[[Tensor], Tensor]
 

@@ -108,7 +108,7 @@ class RowParallelLinear:
 
 
 class VocabParallelEmbedding:
-    """Token embeddings, cut along the vocabulary; [n] int64 -> [n, hidden_size]."""
+    """Token embeddings, cut along the vocabulary; [n] integers -> [n, hidden_size]."""
 
     def __init__(self, context: LayerContext, name: str, vocab_size: int, hidden_size: int) -> None:
         """name: the layer's full name in the checkpoint."""
@@ -117,7 +117,7 @@ class VocabParallelEmbedding:
         self.weight = weight  # [vocab_size / ranks, hidden_size]
 
     def __call__(self, input_ids: Tensor) -> Tensor:
-        """input_ids: [n] int64, below vocab_size."""
+        """input_ids: [n] integers, below vocab_size."""
         if self._parallel.size == 1:
             return self.weight.index_select(0, input_ids)
         num_rows = len(self.weight)

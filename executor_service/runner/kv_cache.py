@@ -28,18 +28,20 @@ class KVCacheShape:
         return self.num_layers * self.num_kv_heads * 2 * self.block_size * self.head_dim * self.dtype.itemsize
 
 
-def count_blocks(shape: KVCacheShape, memory_bytes: int, max_num_seqs: int, max_model_len: int) -> int:
+def count_blocks(
+    shape: KVCacheShape, memory_bytes: int, max_num_seqs: int, max_model_len: int, memory_flag: str
+) -> int:
     """How many blocks `memory_bytes` hold, but no more than `max_num_seqs` longest sequences can use.
 
-    Raises: UnfitSettings, where that is less than one longest sequence.
+    memory_flag: the one to raise for more of them. Raises: UnfitSettings, where that is less than one longest sequence.
     """
     blocks_per_sequence = -(-max_model_len // shape.block_size)
     num_blocks = min(memory_bytes // shape.block_bytes, max_num_seqs * blocks_per_sequence)
     if num_blocks < blocks_per_sequence:
         needed_mib = blocks_per_sequence * shape.block_bytes / 2**20
         raise UnfitSettings(
-            f"the KV cache may take {memory_bytes / 2**20:.0f} MiB, but one sequence of {max_model_len} tokens needs "
-            f"{needed_mib:.0f} MiB: lower --max-model-len, raise --memory-utilization or set --num-blocks"
+            f"the KV cache may take {max(memory_bytes, 0) / 2**20:.0f} MiB, but one sequence of {max_model_len} tokens "
+            f"needs {needed_mib:.0f} MiB: lower --max-model-len, raise {memory_flag} or set --num-blocks"
         )
     return num_blocks
 

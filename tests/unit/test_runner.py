@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from executor_service.config import ExecutorConfig
 from executor_service.plan import InvalidPlan, NewSequence, Plan, Sampling
 from executor_service.runner import kv_cache
-from executor_service.runner.model_runner import ModelRunner, build_runner
+from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
 from executor_service.runner.runner import LENGTH, STOPPED, StepOutput
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, choice_index=0)
@@ -54,12 +54,12 @@ def settings(model_directory: Path) -> ExecutorConfig:
 
 
 @pytest.fixture(scope="module")
-def shared_runner(settings: ExecutorConfig) -> ModelRunner:
-    return build_runner(settings)
+def shared_runner(settings: ExecutorConfig) -> CpuRunner:
+    return build_cpu_runner(settings)
 
 
 @pytest.fixture
-def runner(shared_runner: ModelRunner) -> ModelRunner:
+def runner(shared_runner: CpuRunner) -> CpuRunner:
     shared_runner.reset()
     return shared_runner
 
@@ -95,7 +95,7 @@ def chunks(*rows: tuple[int, int, int, int]) -> dict[str, Any]:
 class Core:
     """Sends plans one after the other, and keeps what each slot samples."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: CpuRunner) -> None:
         self.runner = runner
         self.next_step_id = 1
         self.tokens: dict[int, list[int]] = {}  # slot -> sampled
@@ -128,7 +128,7 @@ A, B, C = prompt(13, 1), prompt(30, 2), prompt(1, 3)
 
 
 def test_chunked_prefill_mixed_plans_and_reused_slots_give_transformers_tokens(
-    runner: ModelRunner, oracle: LlamaForCausalLM
+    runner: CpuRunner, oracle: LlamaForCausalLM
 ) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [7, 3, 20]), sequence(3, B, [1, 40, 2, 9, 30])], **chunks((0, 0, 13, 1), (3, 0, 11, 0)))
@@ -146,7 +146,7 @@ def test_chunked_prefill_mixed_plans_and_reused_slots_give_transformers_tokens(
 
 
 def test_a_slot_that_left_the_decode_set_rests_and_goes_on_when_it_joins_again(
-    runner: ModelRunner, oracle: LlamaForCausalLM
+    runner: CpuRunner, oracle: LlamaForCausalLM
 ) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1, 2]), sequence(1, C, [3, 4])], **chunks((0, 0, 13, 1), (1, 0, 1, 1)))
@@ -157,7 +157,7 @@ def test_a_slot_that_left_the_decode_set_rests_and_goes_on_when_it_joins_again(
     assert core.tokens == {0: greedy(oracle, A, 5), 1: greedy(oracle, C, 7)}
 
 
-def test_a_cached_prefix_is_read_through_shared_blocks(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_a_cached_prefix_is_read_through_shared_blocks(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core, twin = Core(runner), B[:16] + A
     core.run([sequence(0, B, [5, 6, 7, 8])], **chunks((0, 0, 30, 1)))
     reader = sequence(1, twin, [5, 6, 20, 21, 22], num_cached_tokens=16)
@@ -166,7 +166,7 @@ def test_a_cached_prefix_is_read_through_shared_blocks(runner: ModelRunner, orac
     assert core.tokens == {0: greedy(oracle, B, 8), 1: greedy(oracle, twin, 7)}
 
 
-def test_a_preempted_sequence_resumes_with_identical_tokens(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_a_preempted_sequence_resumes_with_identical_tokens(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1, 2])], **chunks((0, 0, 13, 1)))
     core.run(join_slots=[0], iterations=4)
@@ -178,7 +178,7 @@ def test_a_preempted_sequence_resumes_with_identical_tokens(runner: ModelRunner,
     assert core.tokens[0] + core.tokens[2] == greedy(oracle, A, 10)
 
 
-def test_seeded_sampling_is_the_same_alone_batched_and_after_preemption(runner: ModelRunner) -> None:
+def test_seeded_sampling_is_the_same_alone_batched_and_after_preemption(runner: CpuRunner) -> None:
     sampling = Sampling(temperature=1.3, top_k=0, top_p=0.95, min_p=0.0, seed=2**63 + 5, choice_index=1)
     alone, batched, greedy_alone = Core(runner), Core(runner), Core(runner)
     alone.run([sequence(0, A, [0, 1, 2], sampling=sampling)], **chunks((0, 0, 13, 1)))
@@ -197,7 +197,7 @@ def test_seeded_sampling_is_the_same_alone_batched_and_after_preemption(runner: 
     assert greedy_alone.tokens != alone.tokens
 
 
-def test_a_done_slot_samples_nothing_until_it_is_released(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_a_done_slot_samples_nothing_until_it_is_released(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core, expected = Core(runner), greedy(oracle, A, 4)
     stop = next(index for index in range(1, 4) if expected[index] not in expected[:index])
     core.run(
@@ -217,14 +217,14 @@ def test_a_done_slot_samples_nothing_until_it_is_released(runner: ModelRunner, o
     assert core.tokens[0][stop + 1 :] == expected[:2]
 
 
-def test_a_first_token_may_be_the_last(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_a_first_token_may_be_the_last(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1], max_total_tokens=14)], **chunks((0, 0, 13, 1)))
     assert core.reasons == {0: LENGTH}
     assert len(core.run(join_slots=[0], iterations=1)[-1].slots) == 0
 
 
-def test_non_finite_logits_end_one_slot_alone(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_non_finite_logits_end_one_slot_alone(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1, 2]), sequence(1, C, [3, 4])], **chunks((0, 0, 13, 1), (1, 0, 1, 1)))
     for cache in runner._kv_caches:
@@ -239,7 +239,7 @@ def test_non_finite_logits_end_one_slot_alone(runner: ModelRunner, oracle: Llama
 
 
 def test_a_nan_reaches_neither_the_padding_of_others_nor_the_next_holder(
-    runner: ModelRunner, oracle: LlamaForCausalLM
+    runner: CpuRunner, oracle: LlamaForCausalLM
 ) -> None:
     core = Core(runner)
     core.run([sequence(1, A, [5, 1])], **chunks((1, 0, 13, 1)))  # leaves block 1 in the table of slot 1
@@ -255,14 +255,14 @@ def test_a_nan_reaches_neither_the_padding_of_others_nor_the_next_holder(
     assert core.tokens[2] == greedy(oracle, C, 3)
 
 
-def test_a_plan_of_nothing_but_releases_has_one_empty_result(runner: ModelRunner) -> None:
+def test_a_plan_of_nothing_but_releases_has_one_empty_result(runner: CpuRunner) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1])], **chunks((0, 0, 13, 1)))
     (output,) = core.run(release_slots=[0])
     assert (len(output.slots), output.slot_errors, output.partial) == (0, [], False)
 
 
-def test_a_refused_plan_leaves_the_slots_as_they_were(runner: ModelRunner, oracle: LlamaForCausalLM) -> None:
+def test_a_refused_plan_leaves_the_slots_as_they_were(runner: CpuRunner, oracle: LlamaForCausalLM) -> None:
     core = Core(runner)
     core.run([sequence(0, A, [0, 1, 2])], **chunks((0, 0, 13, 1)))
     with pytest.raises(InvalidPlan, match="slot 1"):
@@ -271,7 +271,7 @@ def test_a_refused_plan_leaves_the_slots_as_they_were(runner: ModelRunner, oracl
     assert core.tokens[0] == greedy(oracle, A, 4)
 
 
-def test_info_tells_what_was_built(runner: ModelRunner) -> None:
+def test_info_tells_what_was_built(runner: CpuRunner) -> None:
     info = runner.info
     assert (info.architecture, info.dtype) == ("LlamaForCausalLM", "float32")
     assert dataclasses.astuple(info.limits) == (6, NUM_BLOCKS, BLOCK_SIZE, VOCAB_SIZE, MAX_MODEL_LEN, 64)
@@ -280,15 +280,27 @@ def test_info_tells_what_was_built(runner: ModelRunner) -> None:
 def test_the_kv_cache_takes_its_share_of_memory_and_no_more_than_sequences_can_use() -> None:
     shape = kv_cache.KVCacheShape(num_layers=3, num_kv_heads=2, block_size=8, head_dim=16, dtype=torch.bfloat16)
     assert shape.block_bytes == sum(cache.nbytes for cache in kv_cache.allocate_on_cpu(shape, 1))
-    assert kv_cache.count_blocks(shape, shape.block_bytes * 20 + 1, max_num_seqs=4, max_model_len=81) == 20
-    assert kv_cache.count_blocks(shape, shape.block_bytes * 1000, max_num_seqs=4, max_model_len=81) == 4 * 11
+    assert (
+        kv_cache.count_blocks(
+            shape, shape.block_bytes * 20 + 1, max_num_seqs=4, max_model_len=81, memory_flag="--memory-utilization"
+        )
+        == 20
+    )
+    assert (
+        kv_cache.count_blocks(
+            shape, shape.block_bytes * 1000, max_num_seqs=4, max_model_len=81, memory_flag="--memory-utilization"
+        )
+        == 4 * 11
+    )
     with pytest.raises(kv_cache.UnfitSettings, match=r"--max-model-len.*--memory-utilization.*--num-blocks"):
-        kv_cache.count_blocks(shape, shape.block_bytes * 11 - 1, max_num_seqs=4, max_model_len=81)
+        kv_cache.count_blocks(
+            shape, shape.block_bytes * 11 - 1, max_num_seqs=4, max_model_len=81, memory_flag="--memory-utilization"
+        )
 
 
 def test_more_positions_than_the_model_has_are_refused(settings: ExecutorConfig) -> None:
     with pytest.raises(kv_cache.UnfitSettings, match="--max-model-len 129"):
-        build_runner(dataclasses.replace(settings, max_model_len=129))
+        build_cpu_runner(dataclasses.replace(settings, max_model_len=129))
 
 
 def test_memory_is_no_more_than_the_cgroup_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,4 +317,4 @@ def test_memory_is_no_more_than_the_cgroup_leaves(tmp_path: Path, monkeypatch: p
 
 
 def test_setting_of_zero_is_not_taken_for_one_left_out(settings: ExecutorConfig) -> None:
-    assert build_runner(dataclasses.replace(settings, max_model_len=0)).info.limits.max_model_len == 0
+    assert build_cpu_runner(dataclasses.replace(settings, max_model_len=0)).info.limits.max_model_len == 0

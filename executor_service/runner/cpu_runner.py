@@ -1,24 +1,22 @@
-"""Runs plans: slots and step inputs, the model, the sampler. What is special to a device is handed in."""
+"""Runs plans on the CPU: slots and step inputs, the model, the sampler, one step after the other."""
 
 import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from executor_service import weights
 from executor_service.config import ExecutorConfig
 from executor_service.layers.attention import AttentionBackend
 from executor_service.layers.cpu import CpuAttention, CpuOps
-from executor_service.models import CausalLM, load_model
+from executor_service.models import CausalLM
 from executor_service.models.causal_lm import Hidden
-from executor_service.plan import Column, Limits, Plan
+from executor_service.plan import Column, Plan
+from executor_service.runner.build import load
 from executor_service.runner.kv_cache import (
-    KVCacheShape,
     allocate_on_cpu,
     available_memory_bytes,
     count_blocks,
@@ -27,58 +25,35 @@ from executor_service.runner.ledger import Ledger
 from executor_service.runner.runner import CONTINUES, RunnerInfo, StepOutput
 from executor_service.runner.slots import SlotState
 from executor_service.runner.step_inputs import decode_inputs, prefill_inputs
-from executor_service.weights.errors import UnfitSettings
 from kernels.sampling import SamplingColumns, sample
-from servicekit.digest import model_digest
 
 # (logits [num_rows, vocab_size] float32, finite; columns of num_rows; positions [num_rows] int64) -> [num_rows] int64
 Sample = Callable[[Tensor, SamplingColumns, Tensor], Tensor]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _NONE = np.empty(0, dtype=np.int32)
+_MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP = 64, 512  # where the settings leave them open
 
 
-def build_runner(config: ExecutorConfig) -> "ModelRunner":
-    """Load the model and make its KV cache, on the CPU.
+def build_cpu_runner(config: ExecutorConfig) -> "CpuRunner":
+    """Load the model and make its KV cache in main memory.
 
     Sets the number of threads of torch, for the whole process.
     Raises: ModelError, where the model, the settings and the machine do not fit.
     """
     torch.set_num_threads(len(os.sched_getaffinity(0)) if config.num_threads is None else config.num_threads)
-    directory, ops, dtype = Path(config.model), CpuOps(), _DTYPES[config.dtype]
-    model = load_model(directory, dtype=dtype, device_ops=ops)
-    limit = model.config.max_position_embeddings
-    max_model_len = limit if config.max_model_len is None else config.max_model_len
-    if max_model_len > limit:
-        raise UnfitSettings(f"--max-model-len {max_model_len} is more than the {limit} positions of the model")
-    shape = KVCacheShape(
-        model.config.num_layers, model.config.num_kv_heads, config.block_size, model.config.head_dim, dtype
-    )
-    num_blocks = config.num_blocks
+    loaded = load(config, CpuOps(), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
+    shape, num_blocks = loaded.cache_shape, config.num_blocks
     if num_blocks is None:
         memory_bytes = int(available_memory_bytes() * config.memory_utilization)
-        num_blocks = count_blocks(shape, memory_bytes, config.max_num_seqs, max_model_len)
-    info = RunnerInfo(
-        architecture=model.config.architecture,
-        model_digest=model_digest(directory),
-        weights_digest=weights.digest(directory),
-        dtype=config.dtype,
-        device=f"CPU, {torch.get_num_threads()} threads",
-        limits=Limits(
-            num_slots=config.max_num_seqs,
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            vocab_size=model.config.vocab_size,
-            max_model_len=max_model_len,
-            max_tokens_per_step=config.max_tokens_per_step,
-        ),
-        graph_batch_sizes=(),
-    )
-    attention = CpuAttention(model.attention_config(config.block_size))
-    return ModelRunner(info, model, allocate_on_cpu(shape, num_blocks), attention, sample)
+        num_blocks = count_blocks(
+            shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--memory-utilization"
+        )
+    info = loaded.info(num_blocks, f"CPU, {torch.get_num_threads()} threads")
+    attention = CpuAttention(loaded.model.attention_config(config.block_size))
+    return CpuRunner(info, loaded.model, allocate_on_cpu(shape, num_blocks), attention, sample)
 
 
-class ModelRunner:
+class CpuRunner:
     """See Runner. Every tensor lives on the device of `kv_caches`."""
 
     def __init__(

@@ -1,0 +1,143 @@
+"""The device behind the sessions: what is queued for it, and the two threads that launch and collect.
+
+A session is one stream, from its first message to its end; the device knows of it only where results go, and whether
+anybody still wants them.
+"""
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import queue
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+
+from executor_service.plan import InvalidPlan, Plan
+from executor_service.runner.runner import Pending, Runner, RunnerInfo, StepOutput
+
+log = logging.getLogger(__name__)
+
+
+class SessionError(Exception):
+    """Ends a session with a status."""
+
+    def __init__(self, code: grpc.StatusCode, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiped:
+    """The device's answer to an opening: what ran before is over and every slot is empty."""
+
+
+# What reaches a stream's writer. None: the client closed its side.
+Event = Wiped | StepOutput | SessionError | None
+
+
+class Session:
+    """One stream, from its first message to its end. `ended` alone is also read and written by the device's threads."""
+
+    def __init__(self) -> None:
+        self.epoch: int | None = None  # None until it was opened
+        self.is_wiped = False  # whether plans may come
+        self.ended = False  # its queued plans are dropped
+        self.next_step_id = 1
+        self.last_step_ids: collections.deque[int] = collections.deque()  # of each plan in flight
+        self.events: asyncio.Queue[Event] = asyncio.Queue()  # holds results of MAX_INFLIGHT_PLANS plans at most
+
+    def end(self, error: SessionError | None) -> None:
+        """Drop what is queued and let the writer end the stream."""
+        self.ended = True
+        self.events.put_nowait(error)
+
+
+class Device:
+    """Runs jobs in order: plans, and the wiping of slots between epochs.
+
+    One thread launches them, and a second waits for what they bring, so that a device that works by itself is given
+    its next job before the last one has ended.
+    """
+
+    def __init__(self, runner: Runner, thread: ThreadPoolExecutor) -> None:
+        """`thread`: one worker, the one that built the runner (see rank.py)."""
+        self._runner = runner
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[tuple[Session, Plan | None] | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[Session, Pending | Exception] | None] = queue.SimpleQueue()
+        self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
+        self._has_failed = False  # the same for both threads
+        self._launching = thread.submit(self._launch_jobs)
+        self._collecting = threading.Thread(target=self._collect_outputs, name="device results")
+        self._collecting.start()
+
+    @property
+    def info(self) -> RunnerInfo:
+        """The runner's."""
+        return self._runner.info
+
+    def submit(self, session: Session, plan: Plan | None) -> None:
+        """Queue a plan, or the wiping of slots (None). Its results go to the session; nothing runs once that ended."""
+        self._jobs.put((session, plan))
+
+    def close(self) -> None:
+        """Wait for the running job, of a session that ended, and end both threads."""
+        self._jobs.put(None)
+        self._launching.result()
+        self._collecting.join()
+
+    def _launch_jobs(self) -> None:
+        while (job := self._jobs.get()) is not None and not self._has_failed:
+            session, plan = job
+            if session.ended:
+                continue
+            try:
+                self._launch(session, plan)
+            except Exception as error:
+                session.ended = True  # here, since the next job may be this session's too
+                self._has_failed |= not isinstance(error, InvalidPlan)
+                self._launched.put((session, error))
+        self._launched.put(None)
+
+    def _launch(self, session: Session, plan: Plan | None) -> None:
+        if plan is None:
+            self._runner.reset()
+            self._post(session, Wiped())
+            return
+        pending = None
+        for pending in self._runner.execute(plan):
+            self._launched.put((session, pending))
+            if session.ended:  # nobody reads the rest of an iterated plan
+                return
+        assert pending, "a plan without a result"
+        assert (pending.step_id, pending.partial) == (last_step_id(plan), False), "the last step lacks its result"
+
+    def _collect_outputs(self) -> None:
+        """Post outputs in order; what a launch raised comes after the outputs of the launches before it."""
+        while (launched := self._launched.get()) is not None:
+            session, pending = launched
+            try:
+                if isinstance(pending, Exception):
+                    raise pending
+                self._post(session, pending.wait())
+            except InvalidPlan as error:
+                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+            except Exception as error:
+                self._fail(session, error)
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        log.error("the device failed in epoch %s", session.epoch, exc_info=error)
+        self._has_failed = session.ended = True
+        self._post(session, SessionError(grpc.StatusCode.INTERNAL, f"the device failed: {error!r}"))
+        self._loop.call_soon_threadsafe(self.failed.set)
+
+    def _post(self, session: Session, event: Event) -> None:
+        self._loop.call_soon_threadsafe(session.events.put_nowait, event)
+
+
+def last_step_id(plan: Plan) -> int:
+    """Of the steps that the plan stands for."""
+    return plan.step_id + max(plan.iterations, 1) - 1

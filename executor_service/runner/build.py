@@ -1,0 +1,94 @@
+"""From settings to a runner: which device, and what both kinds of runner need to know of a model."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from executor_service import weights
+from executor_service.config import ExecutorConfig
+from executor_service.layers.device import DeviceOps
+from executor_service.models import CausalLM, load_model
+from executor_service.plan import Limits
+from executor_service.runner.kv_cache import KVCacheShape
+from executor_service.runner.runner import Runner, RunnerInfo
+from executor_service.weights.errors import UnfitSettings
+from servicekit.digest import model_digest
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model on its device, and the sizes that the settings give it."""
+
+    config: ExecutorConfig
+    model: CausalLM
+    dtype: torch.dtype
+    max_model_len: int  # tokens
+    max_num_seqs: int
+    max_tokens_per_step: int
+
+    @property
+    def cache_shape(self) -> KVCacheShape:
+        """What a KV block holds."""
+        model = self.model.config
+        return KVCacheShape(model.num_layers, model.num_kv_heads, self.config.block_size, model.head_dim, self.dtype)
+
+    def limits(self, num_blocks: int) -> Limits:
+        """What plans are checked against."""
+        return Limits(
+            num_slots=self.max_num_seqs,
+            num_blocks=num_blocks,
+            block_size=self.config.block_size,
+            vocab_size=self.model.config.vocab_size,
+            max_model_len=self.max_model_len,
+            max_tokens_per_step=self.max_tokens_per_step,
+        )
+
+    def info(self, num_blocks: int, device: str, graph_batch_sizes: tuple[int, ...] = ()) -> RunnerInfo:
+        """What the core needs to know. Raises: InvalidCheckpoint."""
+        directory = Path(self.config.model)
+        return RunnerInfo(
+            architecture=self.model.config.architecture,
+            model_digest=model_digest(directory),
+            weights_digest=weights.digest(directory),
+            dtype=self.config.dtype,
+            device=device,
+            limits=self.limits(num_blocks),
+            graph_batch_sizes=graph_batch_sizes,
+        )
+
+
+def load(config: ExecutorConfig, ops: DeviceOps, max_num_seqs: int, max_tokens_per_step: int) -> LoadedModel:
+    """Load the model; the last two are what holds where the settings leave them open. Raises: ModelError."""
+    dtype = _DTYPES[config.dtype]
+    model = load_model(Path(config.model), dtype=dtype, device_ops=ops)
+    limit = model.config.max_position_embeddings
+    max_model_len = limit if config.max_model_len is None else config.max_model_len
+    if max_model_len > limit:
+        raise UnfitSettings(f"--max-model-len {max_model_len} is more than the {limit} positions of the model")
+    return LoadedModel(
+        config=config,
+        model=model,
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs or max_num_seqs,
+        max_tokens_per_step=config.max_tokens_per_step or max_tokens_per_step,
+    )
+
+
+def build_runner(config: ExecutorConfig) -> Runner:
+    """Load the model and make its KV cache, on the device that the settings name.
+
+    Raises: ModelError, where the model, the settings and the machine do not fit.
+    """
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        from executor_service.runner.cpu_runner import build_cpu_runner
+
+        return build_cpu_runner(config)
+    if not torch.cuda.is_available():
+        raise UnfitSettings("--device cuda, but PyTorch finds no GPU that it can use")
+    from executor_service.runner.gpu.build import build_gpu_runner  # needs triton, which a CPU does without
+
+    return build_gpu_runner(config)

@@ -1,0 +1,117 @@
+"""What the device does in a step, as launches on the current stream. No host value but a shape enters it."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from executor_service.layers.cuda_attention import CudaAttention, DecodeStep, PrefillStep
+from executor_service.models import CausalLM
+from executor_service.runner.gpu.buffers import DeviceBuffers
+from executor_service.runner.gpu.rings import StepRings
+from kernels.gpu import slot_state, step_rings
+from kernels.gpu.sampler import Workspace, sample
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillShape:
+    """Sizes of a prefill; what a graph captures is padded to its own."""
+
+    num_tokens: int
+    num_seqs: int
+    num_samples: int  # rows that are sampled from, at least 1
+    longest_chunk: int  # tokens
+    has_cached: bool  # whether any chunk's context begins before the chunk
+
+
+class StepProgram:
+    """Reads and writes the buffers; launches the same work whether it is captured or not."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        kv_caches: list[Tensor],
+        attention: CudaAttention,
+        buffers: DeviceBuffers,
+        rings: StepRings,
+        block_size: int,
+    ) -> None:
+        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]."""
+        self._model = model
+        self._kv_caches = kv_caches
+        self._attention = attention
+        self._buffers = buffers
+        self._rings = rings
+        self._block_size = block_size
+        self._sampler = Workspace.empty(
+            len(buffers.rows), model.config.vocab_size, kv_caches[0].dtype, buffers.rows.device
+        )
+
+    @torch.inference_mode()
+    def decode(self, batch: int, longest_context: int) -> None:
+        """One token for each of the first `batch` rows; longest_context: tokens, an upper bound."""
+        buffers = self._buffers
+        inputs = step_rings.decode_inputs(
+            self._rings.plans,
+            self._rings.layout,
+            buffers.cursor,
+            buffers.state,
+            buffers.block_tables,
+            buffers.rows,
+            buffers.clock,
+            batch,
+            self._block_size,
+            self._attention.split,
+        )
+        attend = self._attention.begin_decode(DecodeStep(inputs, longest_context))
+        hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
+        logits = self._model.compute_logits(hidden)
+        self._sample(logits, inputs.row_slots, inputs.context_lens, is_decode=True)
+
+    @torch.inference_mode()
+    def prefill(self, shape: PrefillShape) -> None:
+        """The chunks that `buffers.prefill` holds, and the first token of those that end there."""
+        buffers, n = self._buffers, shape.num_tokens
+        positions = torch.zeros(n, dtype=torch.int32, device=buffers.rows.device)
+        slot_mapping = torch.full_like(positions, -1)
+        chunks = buffers.prefill.chunks[:, : shape.num_seqs]
+        slot_state.prefill_inputs(
+            chunks[:4],
+            buffers.state,
+            buffers.block_tables,
+            buffers.clock,
+            positions,
+            slot_mapping,
+            self._block_size,
+            shape.longest_chunk,
+        )
+        step = PrefillStep(
+            positions=positions,
+            slot_mapping=slot_mapping,
+            query_starts=buffers.prefill.query_starts[: shape.num_seqs + 1],
+            context_lens=chunks[4],
+            seq_slots=chunks[0],
+            longest_chunk=shape.longest_chunk,
+            has_cached=shape.has_cached,
+        )
+        attend = self._attention.begin_prefill(step)
+        hidden = self._model.forward(buffers.prefill.input_ids[:n], self._kv_caches, attend)
+        rows, sample_slots, sample_lens = buffers.prefill.samples[:, : shape.num_samples]
+        logits = self._model.compute_logits(hidden.select(rows))
+        self._sample(logits, sample_slots, sample_lens, is_decode=False)
+
+    def _sample(self, logits: Tensor, row_slots: Tensor, context_lens: Tensor, *, is_decode: bool) -> None:
+        buffers = self._buffers
+        token_ids, logprobs = sample(logits, row_slots, buffers.state, context_lens, self._sampler)
+        step_rings.advance(
+            token_ids,
+            logprobs,
+            row_slots,
+            buffers.state,
+            buffers.stop_token_ids,
+            buffers.cursor,
+            buffers.clock,
+            self._rings.results,
+            self._rings.layout,
+            decode=is_decode,
+        )
