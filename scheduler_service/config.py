@@ -12,6 +12,9 @@ class SchedulerConfig:
     model: str = setting(dataclasses.MISSING, "directory with config.json and tokenizer.json")
     model_name: str | None = setting(None, "name that clients may ask for (default: the directory's name)")
     listen: str = setting("127.0.0.1:50051", "address for clients, host:port")
+    num_frontends: int | None = setting(
+        None, "front end processes that share the port (default: one for every four cores, four at most)", least=1
+    )
     executor: str = setting("127.0.0.1:50052", "address of the executor service, host:port")
     core_socket: str | None = setting(None, "path of the core's Unix socket (default: a temporary one)")
     queue_order: str = setting(

@@ -4,7 +4,8 @@ import asyncio
 import sys
 
 from scheduler_service.config import SchedulerConfig
-from scheduler_service.frontend.server import PortUnavailable, serve
+from scheduler_service.frontend.address import PortUnavailable
+from scheduler_service.frontend.server import serve
 from scheduler_service.frontend.tokenizer import UnusableModel
 from servicekit import settings, supervisor
 from servicekit.logs import log_to_stderr

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from scheduler_service.config import SchedulerConfig
+from scheduler_service.frontend.address import check_address
 from scheduler_service.frontend.core_client import CoreClient
 from scheduler_service.frontend.health import HealthServicer
 from scheduler_service.frontend.service import SERVICE_NAME, InferenceService
@@ -21,16 +21,11 @@ log = logging.getLogger(__name__)
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", 24 << 20),  # what is over our own 16 MiB can still be told so
-    ("grpc.so_reuseport", 0),  # two servers on one port would share it silently
     ("grpc.keepalive_time_ms", 30_000),  # finds clients that vanished without a word
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 )
 _GRACE_S = 1.0  # for calls under way when the server stops
-
-
-class PortUnavailable(Exception):
-    """The listening address cannot be had; the message is one sentence."""
 
 
 class FrontendServer:
@@ -44,13 +39,16 @@ class FrontendServer:
         assert config.core_socket is not None, "the supervisor names the core's socket"
         self.core = CoreClient(config.core_socket)
         tokenizer = load_model_tokenizer(Path(config.model), config.model_name)
-        self._server = grpc.aio.server(options=_OPTIONS)
+        # Without it two servers on one port fail; front ends of one service are told apart by nobody, and share it.
+        shares_port = config.num_frontends is not None and config.num_frontends > 1
+        self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shares_port))))
         service = InferenceService(self.core, tokenizer, max_pause_s=config.max_pause_s)
         self._server.add_generic_rpc_handlers((service.handler(),))
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self.core, (SERVICE_NAME,)), self._server)
         reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), self._server)
-        _check_address(config.listen)
+        if not shares_port:
+            check_address(config.listen)
         self.port = self._server.add_insecure_port(config.listen)
 
     async def run(self, stop: asyncio.Event, on_ready: Callable[[], None]) -> None:
@@ -77,18 +75,6 @@ class FrontendServer:
         await self.core.wait_connected()
         log.info("listening on port %d", self.port)
         on_ready()
-
-
-def _check_address(address: str) -> None:
-    """Try the address alone first, since gRPC says what is wrong with it only in a log of its own."""
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    try:
-        socket.create_server((host, int(port)), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except ValueError as error:
-        raise PortUnavailable(f"cannot listen on {address}: it is not of the form host:port") from error
-    except OSError as error:
-        raise PortUnavailable(f"cannot listen on {address}: {error.strerror}") from error
 
 
 async def serve(config: SchedulerConfig, on_ready: Callable[[], None]) -> None:

@@ -24,8 +24,9 @@ from protos.duet.inference.v1 import inference_pb2_grpc
 from scheduler_service import errors, ipc
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.frontend import service, validation
+from scheduler_service.frontend.address import PortUnavailable
 from scheduler_service.frontend.core_client import CoreClient
-from scheduler_service.frontend.server import FrontendServer, PortUnavailable
+from scheduler_service.frontend.server import FrontendServer
 from scheduler_service.frontend.service import SERVICE_NAME
 from scheduler_service.frontend.tokenizer import load_model_tokenizer
 from tests.small_model import EOS, byte_level_bpe, write_model

@@ -14,7 +14,7 @@ from tests.e2e.system import System
 from tests.small_model import EOS, byte_level_bpe, write_model
 
 MAX_MODEL_LEN = 8_192  # tokens
-FLAGS: dict[str, Any] = {"dtype": "float32", "block_size": 16, "num_threads": 1}
+FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "block_size": 16, "num_threads": 1}
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,7 @@ def test_status_shows_the_load_again_and_again(server: System) -> None:
 
 def test_bench_measures_and_stores_its_figures(server: System, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    load = ("--streams", "3", "--input-len", "20", "--output-len", "10", "--repeats", "2")
+    load = ("--streams", "3", "--input-len", "20", "--output-len", "10", "--repeats", "2", "--warm-up", "0")
     before = server.load()
     done = duet("bench", *load, "--json", str(file), "--address", server.address)
     assert done.returncode == 0, done.stderr

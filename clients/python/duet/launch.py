@@ -17,6 +17,7 @@ from servicekit.supervisor import Child, Supervisor
 SCHEDULER_FLAGS = frozenset(
     {
         "model-name",
+        "num-frontends",
         "core-socket",
         "queue-order",
         "max-waiting",
@@ -62,8 +63,15 @@ def split_flags(flags: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def to_flags(settings: Mapping[str, object]) -> list[str]:
-    """Keyword arguments as flags: num_blocks=512 becomes --num-blocks=512; None leaves a flag out."""
-    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items() if value is not None]
+    """Keyword arguments as flags: num_blocks=512 becomes --num-blocks=512, True a flag alone; None and False none."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value is not None and value is not False:
+            flags.append(f"{flag}={value}")
+    return flags
 
 
 def wait_for_session(address: str, stopped: threading.Event, timeout_s: float | None = None) -> bool:
