@@ -5,7 +5,6 @@ accident; the median is quoted and every run stored.
 """
 
 import argparse
-import asyncio
 import dataclasses
 import importlib.metadata
 import json
@@ -19,7 +18,10 @@ from typing import Any
 from benchmarks.machine import describe_machine
 from benchmarks.peers_common import OUTPUT_TOKENS, PROMPT_TOKENS, STREAMS
 from duet import LLM
-from duet.cli.bench import Scenario, median, run_scenario
+from duet.bench.duet_target import DuetTarget
+from duet.bench.load import run_scenario
+from duet.bench.metrics import measure, median
+from duet.bench.scenarios import Scenario
 
 
 def main() -> int:
@@ -49,13 +51,14 @@ def main() -> int:
 
 
 def measure_duet(args: argparse.Namespace) -> dict[str, Any]:
-    """Start both services, warm them up, and measure each number of streams."""
+    """Start both services, and measure each number of streams after a warm-up."""
     streams: dict[str, Any] = {}
     with LLM(args.model, dtype=args.dtype) as llm:
-        asyncio.run(run_scenario(llm.address, Scenario(2, 64, 8, seed=99), 1))
         for count in STREAMS:
-            scenario = Scenario(count, PROMPT_TOKENS, OUTPUT_TOKENS, seed=count)
-            runs = asyncio.run(run_scenario(llm.address, scenario, args.repeats))
+            lengths = (PROMPT_TOKENS, PROMPT_TOKENS), (OUTPUT_TOKENS, OUTPUT_TOKENS)
+            scenario = Scenario(count, *lengths, temperature=0.0)
+            loads = run_scenario(DuetTarget(llm.address), scenario, seed=count, repeats=args.repeats, processes=1)
+            runs = [measure(arrivals) for arrivals in loads]
             figures = median(runs)
             streams[str(count)] = {
                 "output_tokens_per_s": figures["tokens_per_s"],

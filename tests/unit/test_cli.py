@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import duet
-from duet.cli import bench, serve
+from duet.cli import serve
 from duet.cli.main import main
 from duet.cli.serve import client_address
 from duet.launch import SCHEDULER_FLAGS, split_flags, to_flags
@@ -200,47 +200,6 @@ def test_status_json_is_one_snapshot_of_every_field(server: ServerThread, capsys
     assert snapshot["server"]["load"]["cached_tokens_total"] == 250
     assert snapshot["server"]["epoch"] == 0
     assert snapshot["model"]["eos_token_ids"] == [2]
-
-
-# --- bench --------------------------------------------------------------------------------------------------------
-
-
-def test_bench_sends_every_prompt_once_and_stores_the_figures(
-    server: ServerThread, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    sizes = ["--streams", "3", "--input-len", "5", "--output-len", "4", "--repeats", "2"]
-    assert main(["bench", *sizes, "--address", server.address, "--json", str(tmp_path / "out.json")]) == 0
-    prompts = [tuple(request.token_ids.ids) for request in server.service.requests]
-    assert len(set(prompts)) == 6
-    assert {len(prompt) for prompt in prompts} == {5}
-    assert 2 not in {token for prompt in prompts for token in prompt}
-    assert all(request.stop.ignore_eos and request.stop.max_tokens == 4 for request in server.service.requests)
-    report = json.loads((tmp_path / "out.json").read_text())
-    assert report["scenario"] == {"streams": 3, "input_len": 5, "output_len": 4, "seed": 0}
-    assert [run["output_tokens"] for run in report["runs"]] == [12, 12]
-    assert report["median"]["output_tokens"] == 12
-    assert report["model"]["name"] == "fake"
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == ["run", "run", "median"]
-
-
-def test_same_seed_gives_the_same_prompts(server: ServerThread) -> None:
-    for _ in range(2):
-        main(["bench", "--seed", "5", "--repeats", "1", "--output-len", "1", "--address", server.address])
-    first, second = server.service.requests
-    assert first.token_ids == second.token_ids
-
-
-def test_bench_figures_are_those_of_known_arrivals() -> None:
-    streams = [
-        bench.Arrivals(sent=0.0, times=[1.0, 2.0, 4.0], num_tokens=[1, 1, 2]),
-        bench.Arrivals(sent=0.5, times=[2.0, 3.0, 5.0], num_tokens=[1, 3, 2]),
-    ]
-    result = bench.measure(streams)
-    assert (result.output_tokens, result.elapsed_s, result.tokens_per_s) == (10, 5.0, 2.0)
-    assert result.decode_tokens_per_s == pytest.approx((2 + 3 + 2) / 3)
-    assert (result.ttft_p50_s, result.gap_p50_s) == (1.25, 1.5)
-    alone = bench.measure([bench.Arrivals(0.0, [1.0], [1])])
-    assert (alone.decode_tokens_per_s, alone.gap_p50_s) == (None, None)
 
 
 # --- serve, and LLM on services of its own --------------------------------------------------------------------------
