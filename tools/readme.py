@@ -24,6 +24,7 @@ def main() -> int:
         "scheduler flags": flag_table(SchedulerConfig),
         "executor flags": flag_table(ExecutorConfig),
         "figures": figure_table(json.loads((RESULTS / "cpu.json").read_text())),
+        "gpu figures": gpu_table(RESULTS / "h200"),
         "core figures": core_table(json.loads((RESULTS / "core_step.json").read_text())),
     }
     old = new = README.read_text()
@@ -73,6 +74,35 @@ def figure_table(report: dict[str, Any]) -> str:
         "| engine | streams | output tok/s | first token p50, ms | gap p50, ms | gap p99, ms | ours / this |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
     )
+
+
+def gpu_table(directory: Path) -> str:
+    """What `duet bench` stored for each load, as a sentence and a Markdown table."""
+    names = {
+        "single": "one stream, 128 in, 512 out",
+        "fixed8": "8 streams, 512 in, 512 out",
+        "fixed64": "64 streams, 512 in, 512 out",
+        "fixed256": "256 streams, 512 in, 512 out",
+        "seeds": "nano-vLLM's benchmark: 256 streams, 100-1024 in and out",
+    }
+    reports = {name: json.loads((directory / f"{name}.json").read_text()) for name in names}
+    rows = [_gpu_row(names[name], report) for name, report in reports.items()]
+    return (
+        f"`duet bench` on one {reports['seeds']['limit']['device']}, Qwen3-0.6B's shape with random weights, bf16, "
+        "temperature 0.6, through the gRPC streams; medians of two or three runs. The limit: what reading weights and "
+        "KV cache, and the prompts' products, would take at the rates measured beside it:\n\n"
+        "| load | output tok/s | ms a step | first token p50, ms | p99, ms | gap p99, ms | of the limit |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
+    )
+
+
+def _gpu_row(name: str, report: dict[str, Any]) -> str:
+    median = report["median"]
+    times = [f"{median[key] * 1e3:.{digits}f}" for key, digits in
+             (("step_s", 2), ("ttft_p50_s", 1), ("ttft_p99_s", 1), ("gap_p99_s", 1))]  # fmt: skip
+    limit = report["limit"]
+    reached = limit["step_s"] / median["step_s"] if limit["step_s"] else median["tokens_per_s"] / limit["tokens_per_s"]
+    return f"| {name} | {median['tokens_per_s']:.0f} | {' | '.join(times)} | {reached:.0%} |\n"
 
 
 def core_table(report: dict[str, Any]) -> str:
