@@ -13,7 +13,7 @@ NUM_TOKENS = 64
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SEEDED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1234, max_tokens=NUM_TOKENS, ignore_eos=True)
 SAMPLED_PROMPTS = 6
-SAMPLED_COPIES = 2  # so that they fill the cache of the scenario with few blocks
+SAMPLED_COPIES = 3  # so many that they fill the cache of the scenario with few blocks, even where they come slowly
 BLOCK_SIZE = 64  # the default
 
 pytestmark = pytest.mark.timeout(600)
