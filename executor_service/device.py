@@ -70,6 +70,7 @@ class Device:
         self._launched: queue.SimpleQueue[tuple[Session, Pending | Exception] | None] = queue.SimpleQueue()
         self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
         self._has_failed = False  # the same for both threads
+        self._num_handed_over = self._num_collected = 0  # each is counted by one of the threads
         self._launching = thread.submit(self._launch_jobs)
         self._collecting = threading.Thread(target=self._collect_outputs, name="device results")
         self._collecting.start()
@@ -99,7 +100,7 @@ class Device:
             except Exception as error:
                 session.ended = True  # here, since the next job may be this session's too
                 self._has_failed |= not isinstance(error, InvalidPlan)
-                self._launched.put((session, error))
+                self._hand_over(session, error)
         self._launched.put(None)
 
     def _launch(self, session: Session, plan: Plan | None) -> None:
@@ -109,11 +110,18 @@ class Device:
             return
         pending = None
         for pending in self._runner.execute(plan):
-            self._launched.put((session, pending))
+            if isinstance(pending, StepOutput) and self._num_collected == self._num_handed_over:
+                self._post(session, pending)  # there already, and nothing before it under way: no need for a thread
+            else:
+                self._hand_over(session, pending)
             if session.ended:  # nobody reads the rest of an iterated plan
                 return
         assert pending, "a plan without a result"
         assert (pending.step_id, pending.partial) == (last_step_id(plan), False), "the last step lacks its result"
+
+    def _hand_over(self, session: Session, pending: Pending | Exception) -> None:
+        self._num_handed_over += 1
+        self._launched.put((session, pending))
 
     def _collect_outputs(self) -> None:
         """Post outputs in order; what a launch raised comes after the outputs of the launches before it."""
@@ -127,6 +135,7 @@ class Device:
                 self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
             except Exception as error:
                 self._fail(session, error)
+            self._num_collected += 1
 
     def _fail(self, session: Session, error: Exception) -> None:
         log.error("the device failed in epoch %s", session.epoch, exc_info=error)
