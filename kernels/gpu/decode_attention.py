@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.decode_combine import arrive, store_part
+from kernels.gpu.decode_lanes import MAX_QUERY_SIZE, attend_by_lanes, lane_groups
 from kernels.gpu.decode_split import (
     BLOCK_ID,
     FIRST_PROGRAM,
@@ -116,6 +117,10 @@ def paged_decode_attention(
     batch, num_heads, head_dim = q.shape
     _, num_kv_heads, _, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
+    tile = tile_size(block_size)
+    group_padded = triton.next_power_of_2(group)
+    by_lanes = group_padded * head_dim <= MAX_QUERY_SIZE
+    lanes = lane_groups(workspace.config.num_warps, head_dim, q.element_size(), tile) if by_lanes else 0
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _decode_kernel[(workspace.split.num_programs,)](
         q,
@@ -135,10 +140,11 @@ def paged_decode_attention(
         head_dim**-0.5,
         NUM_KV_HEADS=num_kv_heads,
         GROUP=group,
-        GROUP_PADDED=triton.next_power_of_2(group),
+        GROUP_PADDED=group_padded,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        TILE=tile_size(block_size),
+        TILE=tile,
+        LANES=lanes,
         num_warps=workspace.config.num_warps,
         num_stages=workspace.config.num_stages,
         maxnreg=workspace.config.max_registers,
@@ -151,10 +157,11 @@ def _decode_kernel(
     q, q_stride, kv_cache, block_tables, table_stride, row_slots, context_lens, schedule, batch, out,
     partial_values, partial_max, partial_sum, counters, scale,
     NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Work on the program's tiles, one (row, kv head) after another."""
-    ROWS: tl.constexpr = tl.constexpr(max(16, GROUP_PADDED))  # of a tl.dot
+    """Work on the program's tiles, one (row, kv head) after another. LANES: 0 for tensor cores, see `decode_lanes`."""
+    BLOCK_STRIDE: tl.constexpr = NUM_KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM
+    ROWS: tl.constexpr = tl.constexpr(GROUP_PADDED if LANES else max(16, GROUP_PADDED))  # of a tl.dot: 16 at least
     program = tl.program_id(0)
     heads, dims = tl.arange(0, ROWS), tl.arange(0, HEAD_DIM)
     element = heads[:, None] * HEAD_DIM + dims[None, :]
@@ -170,22 +177,19 @@ def _decode_kernel(
     while remaining > 0:
         num_tiles = tl.cdiv(length, TILE)
         end = tl.minimum(tile + remaining, num_tiles)
-        values, row_max, row_sum, block = _attend(
-            q + row.to(tl.int64) * q_stride + kv_head * (GROUP * HEAD_DIM),
-            kv_cache + kv_head * (2 * BLOCK_SIZE * HEAD_DIM),
-            block_tables + slot.to(tl.int64) * table_stride,
-            block,
-            length,
-            tile,
-            end,
-            scale * _LOG2_E,
-            NUM_KV_HEADS * 2 * BLOCK_SIZE * HEAD_DIM,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-            GROUP,
-            ROWS,
-        )
+        queries = q + row.to(tl.int64) * q_stride + kv_head * (GROUP * HEAD_DIM)
+        head_cache = kv_cache + kv_head * (2 * BLOCK_SIZE * HEAD_DIM)
+        table = block_tables + slot.to(tl.int64) * table_stride
+        if LANES:
+            values, row_max, row_sum, block = attend_by_lanes(
+                queries, head_cache, table, block, length, tile, end, scale * _LOG2_E, BLOCK_STRIDE, HEAD_DIM,
+                BLOCK_SIZE, TILE, GROUP, ROWS, LANES,
+            )  # fmt: skip
+        else:
+            values, row_max, row_sum, block = _attend(
+                queries, head_cache, table, block, length, tile, end, scale * _LOG2_E, BLOCK_STRIDE, HEAD_DIM,
+                BLOCK_SIZE, TILE, GROUP, ROWS,
+            )  # fmt: skip
         target = out + (row.to(tl.int64) * NUM_KV_HEADS + kv_head) * (GROUP * HEAD_DIM)
         if end - tile == num_tiles:
             tl.store(target + element, (values / row_sum[:, None]).to(out.dtype.element_ty), mask=mask)

@@ -46,28 +46,36 @@ def _combine(
     partial_values, partial_max, partial_sum, first, last, target,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Write to target the attention that programs first to last have computed in parts."""
+    """Write to target the attention that programs first to last have computed in parts.
+
+    A thread reads its elements of every part, and their statistics, so that threads exchange nothing.
+    """
     # At a time: all loads of them are in flight at once, and what they bring fits in the registers.
-    PARTS: tl.constexpr = tl.constexpr(max(1, min(16, 4096 // (GROUP_PADDED * HEAD_DIM))))
-    heads, dims, parts = tl.arange(0, GROUP_PADDED), tl.arange(0, HEAD_DIM), tl.arange(0, PARTS)
+    PARTS: tl.constexpr = tl.constexpr(max(1, min(8, 4096 // (GROUP_PADDED * HEAD_DIM))))
+    heads, dims = tl.arange(0, GROUP_PADDED)[:, None], tl.arange(0, HEAD_DIM)[None, :]
     real_heads = tl.minimum(heads, GROUP - 1)  # the padding computes what the last head does
-    total_max = tl.full([GROUP_PADDED], float("-inf"), dtype=tl.float32)
-    total_sum = tl.zeros([GROUP_PADDED], dtype=tl.float32)
+    total_max = tl.full([GROUP_PADDED, 1], float("-inf"), dtype=tl.float32)
+    total_sum = tl.zeros([GROUP_PADDED, 1], dtype=tl.float32)
     total = tl.zeros([GROUP_PADDED, HEAD_DIM], dtype=tl.float32)
     for start in range(first, last + 1, PARTS):
-        program = start + parts
-        mask = (program <= last)[:, None]
-        place = (program * 2 + (program == first).to(tl.int32))[:, None] * GROUP + real_heads[None, :]
-        # Past L1, which may hold what an earlier launch wrote there.
-        part_at = partial_values + (place * HEAD_DIM)[:, :, None] + dims[None, None, :]
-        part = tl.load(part_at, mask=mask[:, :, None], other=0.0, cache_modifier=".cg")
-        part_max = tl.load(partial_max + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
-        part_sum = tl.load(partial_sum + place, mask=mask, other=0.0, cache_modifier=".cg")
-        new_max = tl.maximum(total_max, tl.max(part_max, axis=0))
-        weight = tl.exp2(part_max - new_max[None, :])
+        parts, maxima, sums, new_max = (), (), (), total_max
+        for i in tl.static_range(PARTS):
+            program = start + i
+            place = (program * 2 + (program == first).to(tl.int32)) * GROUP + real_heads
+            mask = real_heads < tl.where(program <= last, GROUP, 0)
+            # Past L1, which may hold what an earlier launch wrote there.
+            part = tl.load(partial_values + place * HEAD_DIM + dims, mask=mask, other=0.0, cache_modifier=".cg")
+            part_max = tl.load(partial_max + place, mask=mask, other=float("-inf"), cache_modifier=".cg")
+            part_sum = tl.load(partial_sum + place, mask=mask, other=0.0, cache_modifier=".cg")
+            parts += (part,)
+            maxima += (part_max,)
+            sums += (part_sum,)
+            new_max = tl.maximum(new_max, part_max)
         rescale = tl.exp2(total_max - new_max)
-        total_sum = total_sum * rescale + tl.sum(part_sum * weight, axis=0)
-        total = total * rescale[:, None] + tl.sum(part * weight[:, :, None], axis=0)
-        total_max = new_max
-    result = (total / total_sum[:, None]).to(target.dtype.element_ty)
-    tl.store(target + heads[:, None] * HEAD_DIM + dims[None, :], result, mask=(heads < GROUP)[:, None])
+        total, total_sum, total_max = total * rescale, total_sum * rescale, new_max
+        for i in tl.static_range(PARTS):
+            weight = tl.exp2(maxima[i] - new_max)
+            total += parts[i] * weight
+            total_sum += sums[i] * weight
+    result = (total / total_sum).to(target.dtype.element_ty)
+    tl.store(target + heads * HEAD_DIM + dims, result, mask=heads < GROUP)
