@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from duet import LLM, Client, SamplingParams
 from tests.faults.processes import descendants
@@ -18,6 +19,8 @@ from tests.golden.prompts import prompt_token_ids
 NUM_STREAMS = 16
 NUM_TOKENS = 40
 ROUNDS = 10
+# Of all tokens, when the last kill may come: a GPU makes the rest while the test still learns that it is time.
+LATEST_KILL = 0.25 if torch.cuda.is_available() else 0.8
 STABLE_S = 2.5  # the supervisor takes a death within 2 s of readiness for a failed start
 GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
@@ -34,7 +37,7 @@ def test_every_stream_ends_as_if_the_executor_had_never_been_killed(
     recoveries = 0
     with LLM(str(oracle.model), dtype="float32", num_blocks=128) as llm:
         for number in range(ROUNDS):
-            num_tokens = rng.randint(1, NUM_STREAMS * NUM_TOKENS * 4 // 5)
+            num_tokens = rng.randint(1, int(NUM_STREAMS * NUM_TOKENS * LATEST_KILL))
             outputs = _generate_and_kill(llm, str(oracle.model), list(prompts.values()), num_tokens)
             outlived = sum(output["recoveries"] for output in outputs)
             assert outlived > 0, f"round {number}: the kill met no stream"
