@@ -12,6 +12,15 @@ class ExecutorConfig:
     model: str = setting(dataclasses.MISSING, "Hugging Face directory: config.json, tokenizer.json, *.safetensors")
     listen: str = setting("127.0.0.1:50052", "address for the scheduler core, host:port")
     device: str = setting("auto", "where to compute; auto: a GPU where there is one", choices=("auto", "cuda", "cpu"))
+    tensor_parallel_size: int = setting(
+        1,
+        "ranks over which the model is cut, each a process with a GPU of its own, or on the CPU its share of cores",
+        least=1,
+        most=8,
+    )
+    shard_embedding: bool = setting(
+        False, "with several ranks: cut the embedding too, which saves memory and costs an all-reduce a step"
+    )
     dtype: str = setting("bfloat16", "number format of weights and KV cache", choices=("float32", "bfloat16"))
     block_size: int = setting(64, "tokens a KV block holds; on a GPU a power of two from 16 to 256", least=1)
     num_blocks: int | None = setting(None, "KV blocks (default: from free memory)", least=1)

@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import grpc
 
@@ -55,18 +56,35 @@ class Session:
         self.events.put_nowait(error)
 
 
+class Followers(Protocol):
+    """The other ranks, which must run what this one runs, in the same order."""
+
+    def send(self, message: bytes) -> None:
+        """Hand them a RunSessionRequest with a plan, or nothing, which stands for the wiping of slots."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    session: Session
+    plan: Plan | None  # None: the wiping of slots
+    message: bytes  # for the followers
+
+
 class Device:
     """Runs jobs in order: plans, and the wiping of slots between epochs.
 
     One thread launches them, and a second waits for what they bring, so that a device that works by itself is given
-    its next job before the last one has ended.
+    its next job before the last one has ended. What is launched is run to its end, whoever still wants it: followers
+    that were told to would otherwise wait for this rank in a collective.
     """
 
-    def __init__(self, runner: Runner, thread: ThreadPoolExecutor) -> None:
+    def __init__(self, runner: Runner, thread: ThreadPoolExecutor, followers: Followers | None = None) -> None:
         """`thread`: one worker, the one that built the runner (see rank.py)."""
         self._runner = runner
+        self._followers = followers
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[tuple[Session, Plan | None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._launched: queue.SimpleQueue[tuple[Session, Pending | Exception] | None] = queue.SimpleQueue()
         self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
         self._has_failed = False  # the same for both threads
@@ -80,9 +98,13 @@ class Device:
         """The runner's."""
         return self._runner.info
 
-    def submit(self, session: Session, plan: Plan | None) -> None:
-        """Queue a plan, or the wiping of slots (None). Its results go to the session; nothing runs once that ended."""
-        self._jobs.put((session, plan))
+    def wipe(self, session: Session) -> None:
+        """Queue the emptying of all slots; the session is told when it is done, unless it ended before."""
+        self._jobs.put(_Job(session, None, b""))
+
+    def submit(self, session: Session, plan: Plan, message: bytes) -> None:
+        """Queue a plan, and the request that it came in. Results go to the session; once that ended, none starts."""
+        self._jobs.put(_Job(session, plan, message))
 
     def close(self) -> None:
         """Wait for the running job, of a session that ended, and end both threads."""
@@ -92,18 +114,21 @@ class Device:
 
     def _launch_jobs(self) -> None:
         while (job := self._jobs.get()) is not None and not self._has_failed:
-            session, plan = job
+            session = job.session
             if session.ended:
                 continue
             try:
-                self._launch(session, plan)
+                self._launch(job)
             except Exception as error:
                 session.ended = True  # here, since the next job may be this session's too
                 self._has_failed |= not isinstance(error, InvalidPlan)
                 self._hand_over(session, error)
         self._launched.put(None)
 
-    def _launch(self, session: Session, plan: Plan | None) -> None:
+    def _launch(self, job: _Job) -> None:
+        session, plan = job.session, job.plan
+        if self._followers:
+            self._followers.send(job.message)
         if plan is None:
             self._runner.reset()
             self._post(session, Wiped())
@@ -114,8 +139,6 @@ class Device:
                 self._post(session, pending)  # there already, and nothing before it under way: no need for a thread
             else:
                 self._hand_over(session, pending)
-            if session.ended:  # nobody reads the rest of an iterated plan
-                return
         assert pending, "a plan without a result"
         assert (pending.step_id, pending.partial) == (last_step_id(plan), False), "the last step lacks its result"
 

@@ -11,7 +11,7 @@ from grpc_health.v1.health import SERVICE_NAME
 from grpc_health.v1.health import aio as aio_health  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
-from executor_service.device import Device
+from executor_service.device import Device, Followers
 from executor_service.runner.runner import Runner
 from executor_service.session import SessionService
 from protos.duet.executor.v1 import executor_pb2 as pb
@@ -43,15 +43,16 @@ async def serve(
     address: str,
     stop: asyncio.Event,
     on_listening: Callable[[int], None] = lambda port: None,
+    followers: Followers | None = None,
 ) -> bool:
     """Serve sessions on `address` (host:port; port 0: any) until `stop` is set or the device fails.
 
-    `device_thread`: the one worker in which plans run. `on_listening` gets the port. Returns whether the device was
-    sound at the end. Raises: ListenError.
+    `device_thread`: the one worker in which plans run. `on_listening` gets the port. `followers`: the other ranks,
+    where there are any. Returns whether the device was sound at the end. Raises: ListenError.
     """
     server = grpc.aio.server(options=_OPTIONS)
     port = _listen(server, address)
-    device = Device(runner, device_thread)
+    device = Device(runner, device_thread, followers)
     try:
         sessions = SessionService(device)
         healthy = _add_services(server, sessions)

@@ -76,7 +76,7 @@ class SessionService:
             num_slots=limits.num_slots,
             max_tokens_per_step=limits.max_tokens_per_step,
             graph_batch_sizes=info.graph_batch_sizes,
-            tensor_parallel_size=1,
+            tensor_parallel_size=info.tensor_parallel_size,
             max_inflight_plans=MAX_INFLIGHT_PLANS,
         )
 
@@ -103,7 +103,7 @@ class SessionService:
             case "open":
                 self._open(session, request.open)
             case "plan":
-                self._enqueue(session, request.plan)
+                self._enqueue(session, request.plan, data)
             case _:
                 raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, "neither open nor plan is set")
 
@@ -125,9 +125,9 @@ class SessionService:
             self._holder.end(SessionError(grpc.StatusCode.ABORTED, f"fenced by epoch {request.epoch}"))
         session.epoch = self._last_epoch = request.epoch
         self._holder = session
-        self._device.submit(session, None)
+        self._device.wipe(session)
 
-    def _enqueue(self, session: Session, message: pb.StepPlan) -> None:
+    def _enqueue(self, session: Session, message: pb.StepPlan, request: bytes) -> None:
         if not session.is_wiped:
             raise _precondition("a plan before the session was opened")
         if message.epoch != session.epoch:
@@ -142,7 +142,7 @@ class SessionService:
             raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
         session.last_step_ids.append(last_step_id(plan))
         session.next_step_id = last_step_id(plan) + 1
-        self._device.submit(session, plan)
+        self._device.submit(session, plan, request)
 
 
 async def _write(session: Session, context: Context) -> None:

@@ -3,10 +3,14 @@
 Every filter keeps an upper set of a row's scaled logits, and the noise has a largest value. So the likeliest
 candidates decide a row whenever a filter cut below the last of them nothing, or nobody outside can overtake the
 winner. A row for which neither holds is decided by all of its tokens.
+
+The vocabulary may be cut into shards, one a rank. Then the candidates are the likeliest of those that the ranks
+exchange, and all that follows, above all whether there is another exchange, depends on what all of them know.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,74 +35,166 @@ class SamplingColumns:
         return SamplingColumns(*(getattr(self, field.name)[rows] for field in dataclasses.fields(self)))
 
 
-def sample(logits: Tensor, columns: SamplingColumns, positions: Tensor) -> Tensor:
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class VocabularyShard:
+    """The part of the vocabulary whose logits a rank holds, and how the ranks exchange what they know of a row.
+
+    Shards follow each other in rank order and may differ in size; one may be empty. A rank without others leaves
+    `gather` out, which spares it the exchanges.
+    """
+
+    first_token_id: int = 0
+    gather: Callable[[Tensor], Tensor] = _alone  # [n, k] on every rank -> [n, k * ranks], in rank order; every dtype
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is nobody to exchange anything with."""
+        return self.gather is _alone
+
+
+WHOLE_VOCABULARY = VocabularyShard()
+
+
+def sample(
+    logits: Tensor, columns: SamplingColumns, positions: Tensor, shard: VocabularyShard = WHOLE_VOCABULARY
+) -> Tensor:
     """Choose one token a row; a row's token does not depend on the other rows.
 
-    logits: [num_rows, vocab_size] float32, finite, contiguous.
+    logits: [num_rows, size of the shard] float32, finite, contiguous.
     positions: [num_rows] int64, tokens before the one to be chosen.
+    Where there are several ranks, all of them call with the same columns and positions and get the same tokens.
     Returns [num_rows] int64. Source of the definition: `kernels.reference.sample`.
     """
+    logits = _widen(logits, _NUM_CANDIDATES)
     random_rows = columns.temperature > 0
     if not bool(random_rows.any()):
-        return _argmax(logits)
+        return _argmax(logits, shard)
     if bool(random_rows.all()):
-        return _sample_rows(logits, columns, positions)
-    token_ids = _argmax(logits)
-    token_ids[random_rows] = _sample_rows(logits[random_rows], columns.select(random_rows), positions[random_rows])
+        return _sample_rows(logits, columns, positions, shard)
+    token_ids = _argmax(logits, shard)
+    token_ids[random_rows] = _sample_rows(
+        logits[random_rows], columns.select(random_rows), positions[random_rows], shard
+    )
     return token_ids
 
 
-def _argmax(logits: Tensor) -> Tensor:
+def _widen(logits: Tensor, size: int) -> Tensor:
+    """Rows of at least `size`; what is added to them never wins."""
+    missing = size - logits.shape[1]
+    return torch.nn.functional.pad(logits, (0, missing), value=-math.inf) if missing > 0 else logits
+
+
+def _argmax(logits: Tensor, shard: VocabularyShard) -> Tensor:
     # numpy's argmax takes the first of equals, as torch's does, and is vectorised: 13 times faster.
-    return torch.from_numpy(logits.numpy().argmax(axis=-1))
+    token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    if shard.is_whole:
+        return token_ids
+    values = logits.gather(1, token_ids[:, None])[:, 0]
+    return _winner(values, token_ids + shard.first_token_id, shard)
+
+
+def _winner(values: Tensor, token_ids: Tensor, shard: VocabularyShard) -> Tensor:
+    """The token of the largest value over ranks, the lowest id of equals: [num_rows].
+
+    values, token_ids: [num_rows], the best of this rank.
+    """
+    values, token_ids = _exchange(values[:, None], token_ids[:, None], shard)
+    return token_ids.gather(1, values.argmax(-1, keepdim=True))[:, 0]
+
+
+def _exchange(values: Tensor, token_ids: Tensor, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """The values and token ids of all ranks: [num_rows, k] of each -> [num_rows, k * ranks]."""
+    # One collective instead of two: float32 holds ids below 2**24.
+    pairs = torch.stack((values, token_ids.to(values.dtype)), -1).flatten(1)
+    values, token_ids = shard.gather(pairs).unflatten(1, (-1, 2)).unbind(-1)
+    return values, token_ids.long()
 
 
 def _sample_rows(
-    logits: Tensor, columns: SamplingColumns, positions: Tensor, num_candidates: int = _NUM_CANDIDATES
+    logits: Tensor,
+    columns: SamplingColumns,
+    positions: Tensor,
+    shard: VocabularyShard,
+    num_candidates: int = _NUM_CANDIDATES,
 ) -> Tensor:
-    num_candidates = min(num_candidates, logits.shape[1])
-    values, token_ids = logits.topk(num_candidates)  # [num_rows, num_candidates], descending
+    """Choose one token a row, all temperatures above 0; -inf is the logit of no token.
+
+    A row has at least num_candidates logits on every rank, or equally many on all, the last of them -inf.
+    """
+    values, token_ids = _likeliest(logits, num_candidates, shard)
     largest, temperature = values[:, :1], columns.temperature[:, None]
     scaled = (values - largest) / temperature
     nucleus_of_all = bool(((columns.top_p < 1) & (columns.top_k == 0)).any())
-    mass = _mass((logits - largest) / temperature) if nucleus_of_all else torch.ones_like(positions).double()
+    mass = _mass((logits - largest) / temperature, shard) if nucleus_of_all else torch.ones_like(positions).double()
     kept, is_certain = _filter(scaled, mass, columns)
     row_states = _row_states(columns, positions)
     chosen, best = _best(scaled, token_ids, kept, row_states)
-    if num_candidates == logits.shape[1]:
-        return chosen
 
-    bound = scaled[:, -1].double()  # of every token outside the candidates
-    is_open = ~is_certain | (kept[:, -1] & (best <= bound + _LARGEST_NOISE))
+    bound = scaled[:, -1].double()  # of every token outside the candidates; -inf: none of them matters
+    is_open = (~is_certain & (bound > -math.inf)) | (kept[:, -1] & (best <= bound + _LARGEST_NOISE))
+    if not bool(is_open.any()):
+        return chosen
     is_unfiltered = (columns.top_k == 0) & (columns.top_p >= 1) & (columns.min_p <= 0)
-    for row in (is_open & is_unfiltered).nonzero().flatten().tolist():
+    rows = (is_open & is_unfiltered).nonzero().flatten()
+    for row in rows.tolist():
         one = slice(row, row + 1)
         all_scaled = (logits[one] - largest[one]) / temperature[one]
-        chosen[row] = _overtake(all_scaled, chosen[one], (best - bound)[row].item(), row_states[one])
+        lead = (best - bound)[row].item()
+        chosen[one], best[one] = _contender(all_scaled, chosen[one], lead, row_states[one], shard.first_token_id)
+    if len(rows) and not shard.is_whole:
+        chosen[rows] = _winner(best[rows], chosen[rows], shard)
     is_filtered = is_open & ~is_unfiltered
     if bool(is_filtered.any()):
         more = num_candidates * 16
+        largest_shard = int(shard.gather(torch.tensor([[logits.shape[1]]])).max())
         chosen[is_filtered] = _sample_rows(
-            logits[is_filtered], columns.select(is_filtered), positions[is_filtered], more
+            _widen(logits[is_filtered], min(more, largest_shard + 1)),
+            columns.select(is_filtered),
+            positions[is_filtered],
+            shard,
+            more,
         )
     return chosen
 
 
-def _overtake(scaled: Tensor, leader: Tensor, lead: float, row_states: Tensor) -> Tensor:
-    """The winner among all tokens of one unfiltered row: [1].
+def _likeliest(logits: Tensor, num_candidates: int, shard: VocabularyShard) -> tuple[Tensor, Tensor]:
+    """The largest logits of the whole rows, descending, and their tokens: [num_rows, at most num_candidates] each.
 
-    scaled: [1, vocab_size] float32; leader: [1] int64, the best candidate, with a score `lead` above the scaled logit
-    of every other token that is no candidate: only noise of at least `lead` overtakes it.
+    The last one is -inf where there are no others.
     """
-    noise_bits = _noise_bits(row_states, torch.arange(scaled.shape[1], dtype=torch.int32))
+    values, token_ids = logits.topk(min(num_candidates, logits.shape[1]))
+    if shard.is_whole:
+        return values, token_ids
+    values, token_ids = _exchange(values, token_ids + shard.first_token_id, shard)
+    values, order = values.topk(min(num_candidates, values.shape[1]))
+    return values, token_ids.gather(1, order)
+
+
+def _contender(
+    scaled: Tensor, leader: Tensor, lead: float, row_states: Tensor, first_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """This rank's best token of one unfiltered row if it overtakes the leader or is it, else any; and its score: [1].
+
+    scaled: [1, size of the shard] float32; leader: [1] int64, the best candidate, with a score `lead` above the scaled
+    logit of every other token that is no candidate: only noise of at least `lead` overtakes it.
+    """
+    last = scaled.shape[1] - 1
+    token_ids = torch.arange(first_token_id, first_token_id + last + 1, dtype=torch.int32)
+    noise_bits = _noise_bits(row_states, token_ids)
     least = int(math.exp(-math.exp(-lead)) * 2**23) - 2  # 2: the rounding of exp and of this expression
-    contenders = torch.cat([(noise_bits >= least).nonzero().flatten(), leader])[None]
+    leader_or_any = (leader - first_token_id).clamp(0, last)
+    contenders = torch.cat([(noise_bits >= least).nonzero().flatten(), leader_or_any])[None]
     scaled = scaled.gather(1, contenders)
-    return _best(scaled, contenders, torch.ones_like(scaled, dtype=torch.bool), row_states)[0]
+    return _best(scaled, contenders + first_token_id, torch.ones_like(scaled, dtype=torch.bool), row_states)
 
 
-def _mass(scaled: Tensor) -> Tensor:
-    return scaled.exp().sum(-1, dtype=torch.float64)
+def _mass(scaled: Tensor, shard: VocabularyShard) -> Tensor:
+    """Of the whole rows: [num_rows] float64; scaled: [num_rows, size of the shard] float32."""
+    return shard.gather(scaled.exp().sum(-1, keepdim=True, dtype=torch.float64)).sum(-1)
 
 
 def _filter(scaled: Tensor, mass: Tensor, columns: SamplingColumns) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,26 @@ class _Process:
     popen: subprocess.Popen[bytes] | None = None  # None while it waits for its next start
     ready_fd: int | None = None  # read end of the pipe; None once it was heard or closed
     ready_at: float | None = None  # time.monotonic() seconds; None until then
+
+
+@dataclasses.dataclass
+class _Group:
+    """Processes that start and end together; most often a single one."""
+
+    processes: list[_Process]
     failed_starts: int = 0  # in a row
     start_at: float = 0.0  # time.monotonic() seconds
+    was_ready: bool = False  # all of them, at any start
+
+    @property
+    def is_running(self) -> bool:
+        return any(process.popen for process in self.processes)
+
+    @property
+    def ready_at(self) -> float | None:
+        """When the last of them was ready, in time.monotonic() seconds; None until then."""
+        times = [process.ready_at for process in self.processes if process.ready_at is not None]
+        return max(times) if len(times) == len(self.processes) else None
 
 
 class Supervisor:
@@ -55,12 +73,16 @@ class Supervisor:
     0.1 s, twice as long each time, 5 s at most, and after `max_failed_starts` in a row the supervisor gives up. A child
     that was ready for longer is restarted at once and ends the row. A child that exits with EXIT_GAVE_UP ends the
     supervisor too. `on_ready` is called once, when every child has been ready.
+
+    Children that are kept `together` live and die as one: when any of them ends, the others are killed, at once since
+    they may wait for it forever, and all are started again. What is said of a child above then holds for all as one.
     """
 
     def __init__(
         self,
         children: Sequence[Child],
         *,
+        together: bool = False,
         on_ready: Callable[[], None] | None = None,
         max_failed_starts: int = 5,
         stable_s: float = 2.0,
@@ -69,7 +91,7 @@ class Supervisor:
         grace_s: float = 10.0,
     ) -> None:
         self._processes = [_Process(child) for child in children]
-        self._unheard = {child.name for child in children}  # those that have not been ready yet
+        self._groups = [_Group(self._processes)] if together else [_Group([process]) for process in self._processes]
         self._on_ready = on_ready
         self._max_failed_starts = max_failed_starts
         self._stable_s = stable_s
@@ -85,72 +107,49 @@ class Supervisor:
         """
         try:
             while not stop.is_set():
-                for process in self._processes:
-                    if process.popen is None and process.start_at <= time.monotonic():
-                        self._start(process)
-                    has_exited = _has_exited(process)  # asked before it is listened to, so that no last word is missed
-                    self._listen(process)
-                    if has_exited and not self._plan_restart(process, _reap(process)):
+                for group in self._groups:
+                    if not group.is_running and group.start_at <= time.monotonic():
+                        for process in group.processes:
+                            _start(process)
+                    # Asked before they are listened to, so that no last word is missed.
+                    ended = [process for process in group.processes if _has_exited(process)]
+                    self._listen(group)
+                    if ended and not self._plan_restart(group, *_end(group, ended)):
                         return EXIT_GAVE_UP
                 time.sleep(_TICK_S)
             return 0
         finally:
             self._stop_all()
 
-    def _start(self, process: _Process) -> None:
-        process.ready_at = None
-        process.ready_fd, write_fd = os.pipe()
-        os.set_blocking(process.ready_fd, False)
-        links = {_READY_FD: str(write_fd), _PARENT_PID: str(os.getpid())}
-        try:
-            process.popen = subprocess.Popen(
-                process.child.argv,
-                env={**os.environ, **(process.child.env or {}), **links},
-                stdin=subprocess.DEVNULL,
-                stdout=process.child.output,
-                stderr=process.child.output,
-                pass_fds=(write_fd,),
-                start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only
-            )
-        finally:
-            os.close(write_fd)
+    def _listen(self, group: _Group) -> None:
+        """Hear whether the group is ready."""
+        for process in group.processes:
+            _listen(process)
+        if group.was_ready or group.ready_at is None:
+            return
+        group.was_ready = True
+        if self._on_ready and all(group.was_ready for group in self._groups):
+            self._on_ready()
 
-    def _listen(self, process: _Process) -> None:
-        """Hear whether the child is ready."""
-        if process.ready_fd is None:
-            return
-        try:
-            heard = os.read(process.ready_fd, 1)
-        except BlockingIOError:
-            return
-        os.close(process.ready_fd)
-        process.ready_fd = None
-        if not heard:  # closed without a word
-            return
-        process.ready_at = time.monotonic()
-        if self._unheard:
-            self._unheard.discard(process.child.name)
-            if not self._unheard and self._on_ready:
-                self._on_ready()
-
-    def _plan_restart(self, process: _Process, status: int) -> bool:
-        """Set the time of the next start; False where there shall be none."""
-        name, how = process.child.name, _describe(status)
+    def _plan_restart(self, group: _Group, name: str, status: int) -> bool:
+        """Set the time of the next start, now that the child `name` has ended; False where there shall be none."""
+        how, ready_at = _describe(status), group.ready_at
         if status == EXIT_GAVE_UP:
             log.error("%s cannot go on (%s): giving up", name, how)
             return False
-        if process.ready_at is not None and time.monotonic() - process.ready_at >= self._stable_s:
-            log.warning("%s ended (%s): restarting it", name, how)
-            process.failed_starts, process.start_at = 0, 0.0
+        them = "it" if len(group.processes) == 1 else f"all {len(group.processes)}"
+        if ready_at is not None and time.monotonic() - ready_at >= self._stable_s:
+            log.warning("%s ended (%s): restarting %s", name, how, them)
+            group.failed_starts, group.start_at = 0, 0.0
             return True
-        when = "before it was ready" if process.ready_at is None else "as soon as it was ready"
-        process.failed_starts += 1
-        if process.failed_starts >= self._max_failed_starts:
-            log.error("%s ended %s (%s), failed start %d in a row: giving up", name, when, how, process.failed_starts)
+        when = "before it was ready" if ready_at is None else "as soon as it was ready"
+        group.failed_starts += 1
+        if group.failed_starts >= self._max_failed_starts:
+            log.error("%s ended %s (%s), failed start %d in a row: giving up", name, when, how, group.failed_starts)
             return False
-        delay_s = min(self._first_backoff_s * 2 ** (process.failed_starts - 1), self._max_backoff_s)
-        log.warning("%s ended %s (%s): starting it again in %.1f s", name, when, how, delay_s)
-        process.start_at = time.monotonic() + delay_s
+        delay_s = min(self._first_backoff_s * 2 ** (group.failed_starts - 1), self._max_backoff_s)
+        log.warning("%s ended %s (%s): starting %s again in %.1f s", name, when, how, them, delay_s)
+        group.start_at = time.monotonic() + delay_s
         return True
 
     def _stop_all(self) -> None:
@@ -171,6 +170,49 @@ class Supervisor:
             if process.ready_fd is not None:
                 os.close(process.ready_fd)
                 process.ready_fd = None
+
+
+def _start(process: _Process) -> None:
+    process.ready_at = None
+    process.ready_fd, write_fd = os.pipe()
+    os.set_blocking(process.ready_fd, False)
+    links = {_READY_FD: str(write_fd), _PARENT_PID: str(os.getpid())}
+    try:
+        process.popen = subprocess.Popen(
+            process.child.argv,
+            env={**os.environ, **(process.child.env or {}), **links},
+            stdin=subprocess.DEVNULL,
+            stdout=process.child.output,
+            stderr=process.child.output,
+            pass_fds=(write_fd,),
+            start_new_session=True,  # a terminal's Ctrl-C reaches the supervisor only
+        )
+    finally:
+        os.close(write_fd)
+
+
+def _listen(process: _Process) -> None:
+    """Hear whether the child is ready."""
+    if process.ready_fd is None:
+        return
+    try:
+        heard = os.read(process.ready_fd, 1)
+    except BlockingIOError:
+        return
+    os.close(process.ready_fd)
+    process.ready_fd = None
+    if heard:  # not closed without a word
+        process.ready_at = time.monotonic()
+
+
+def _end(group: _Group, ended: Sequence[_Process]) -> tuple[str, int]:
+    """Kill what is left of a group in which some have ended; returns the name and the status of the one to blame."""
+    for process in group.processes:
+        _signal(process, signal.SIGKILL)
+    statuses = {process.child.name: _reap(process) for process in group.processes}
+    gave_up = [name for name, status in statuses.items() if status == EXIT_GAVE_UP]
+    name = gave_up[0] if gave_up else ended[0].child.name
+    return name, statuses[name]
 
 
 def _signal(process: _Process, number: signal.Signals) -> None:
@@ -202,12 +244,13 @@ def _describe(status: int) -> str:
     return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
 
 
-def supervise(service: str, children: Sequence[Child]) -> int:
+def supervise(service: str, children: Sequence[Child], *, together: bool = False) -> int:
     """What a service's __main__ does once it knows its children; returns the exit status."""
     bind_to_parent()
     log_to_stderr(service)
     # Shorter than the default grace, so that an outer supervisor need not kill this one at its work.
-    return Supervisor(children, on_ready=notify_ready, grace_s=8.0).run(stop_on_signals())
+    supervisor = Supervisor(children, together=together, on_ready=notify_ready, grace_s=8.0)
+    return supervisor.run(stop_on_signals())
 
 
 def stop_on_signals() -> threading.Event:

@@ -1,12 +1,16 @@
 """The executor in process: milliseconds a decode step, prefill rate, first token; and where a step's time goes.
 
 usage: python -m benchmarks.gpu.decode_step MODEL [--profile] [--eager] [--batches 1,8,64,256] [--json FILE]
+
+Under torchrun, on several GPUs: all ranks run the same plans, and rank 0 prints.
 """
 
 import argparse
 import collections
 import json
+import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import torch
 
 from benchmarks.gpu.driver import Driver
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.placement import Placement
 from executor_service.runner.build import build_runner
 from executor_service.runner.runner import Runner
 
@@ -30,21 +35,31 @@ def main() -> None:
     parser.add_argument("--attention-backend", default="auto")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    placement = Placement.read(os.environ)
     start = time.perf_counter()
-    runner = build_runner(
-        ExecutorConfig(
-            model=args.model, max_model_len=4096, enforce_eager=args.eager, attention_backend=args.attention_backend
-        )
+    config = ExecutorConfig(
+        model=args.model,
+        max_model_len=4096,
+        enforce_eager=args.eager,
+        attention_backend=args.attention_backend,
+        tensor_parallel_size=placement.size,
     )
+    runner = build_runner(config, placement)
+    if placement.rank:
+        sys.stdout = open(os.devnull, "w")
     print(f"ready in {time.perf_counter() - start:.1f} s: {runner.info.limits}", flush=True)
-    rows = [measure(runner, int(batch), args.input_len, args.output_len) for batch in args.batches.split(",")]
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    if args.json:
+    rows: list[dict[str, float | list[float]]] = []
+    for batch in args.batches.split(","):
+        rows.append(measure(runner, int(batch), args.input_len, args.output_len))
+        print(json.dumps(rows[-1]), flush=True)
+    if args.json and not placement.rank:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
     if args.profile:
         for batch in args.batches.split(","):
             profile(runner, int(batch), args.input_len)
+    sys.stdout.flush()
+    if placement.size > 1:
+        os._exit(0)  # graphs that hold NCCL's kernels can make an orderly end wait for ever
 
 
 def measure(runner: Runner, batch: int, input_len: int, output_len: int) -> dict[str, float | list[float]]:

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from executor_service.layers.device import DeviceOps
-from executor_service.weights.checkpoint import Checkpoint, Shard
+from executor_service.layers.partition import HeadSplit, even_span
+from executor_service.weights.checkpoint import Checkpoint, Span
+
+_VOCAB_MULTIPLE = 4096  # so that the sampler's tiles are those of one device, whatever the number of ranks
 
 
 def _alone(x: Tensor) -> Tensor:
@@ -24,12 +27,17 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
-    all_reduce: Callable[[Tensor], Tensor] = _alone  # sum over ranks, same shape
-    all_gather: Callable[[Tensor], Tensor] = _alone  # [n, size of a rank] -> [n, sum of sizes], in rank order
+    all_reduce: Callable[[Tensor], Tensor] = _alone  # sum over ranks, same shape; the argument may be overwritten
+    all_gather: Callable[[Tensor], Tensor] = _alone  # [n, k], the same k on all ranks -> [n, k * ranks], in rank order
+    shards_embedding: bool = False  # the embedding is cut too: less memory, one more all-reduce a step
 
-    def shard(self, dim: int) -> Shard:
-        """This rank's equal part along `dim`."""
-        return Shard(dim, self.rank, self.size)
+    def span(self, size: int) -> Span:
+        """This rank's part of a dimension."""
+        return even_span(size, self.rank, self.size)
+
+    def vocab_span(self, vocab_size: int) -> Span:
+        """The token ids whose logits this rank computes."""
+        return even_span(vocab_size, self.rank, self.size, _VOCAB_MULTIPLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,29 +52,28 @@ class LayerContext:
 class MergedColumnParallelLinear:
     """Several column-parallel layers over the same input, packed into one.
 
-    `linear`: [n, in] -> [n, sum of parts / ranks], for the device to run behind a norm: see DeviceOps.norm_linear.
+    `linear`: [n, in] -> [n, sum of the rank's parts], for the device to run behind a norm: see DeviceOps.norm_linear.
     """
 
     def __init__(
         self, context: LayerContext, prefix: str, parts: Mapping[str, int], in_features: int, *, bias: bool
     ) -> None:
         """parts: name under `prefix` -> out_features, in the order of the packed outputs."""
-        names = [f"{prefix}.{part}" for part in parts]
-        sizes = list(parts.values())
-        take, shard = context.weights.take, context.parallel.shard(0)
-        weight = torch.cat(
-            [take(f"{name}.weight", (size, in_features), shard) for name, size in zip(names, sizes, strict=True)]
+        self.linear = context.ops.linear(
+            *_take_packed(
+                context,
+                {f"{prefix}.{name}": (size, context.parallel.span(size)) for name, size in parts.items()},
+                in_features,
+                bias=bias,
+            )
         )
-        packed_bias = None
-        if bias:
-            packed_bias = torch.cat([take(f"{name}.bias", (n,), shard) for name, n in zip(names, sizes, strict=True)])
-        self.linear = context.ops.linear(weight, packed_bias)
 
 
 class QKVParallelLinear:
     """Query, key and value projections, cut along heads. The bias stands apart: attention adds it with its norms.
 
-    `linear`: [n, hidden] -> [n, (heads + 2 * kv_heads) * head_dim / ranks]; `bias`: as long as its outputs, or None.
+    `linear`: [n, hidden] -> [n, (heads + 2 * kv_heads) * head_dim] of this rank; `bias`: as long as its outputs, or
+    None.
     """
 
     def __init__(
@@ -77,63 +84,69 @@ class QKVParallelLinear:
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,
+        split: HeadSplit,
         *,
         bias: bool,
     ) -> None:
         """prefix: where q_proj, k_proj and v_proj are in the checkpoint; head counts are those of the whole model."""
-        sizes = {"q_proj": num_heads * head_dim, "k_proj": num_kv_heads * head_dim, "v_proj": num_kv_heads * head_dim}
-        take, shard = context.weights.take, context.parallel.shard(0)
-        weights = [take(f"{prefix}.{name}.weight", (size, hidden_size), shard) for name, size in sizes.items()]
-        self.linear = context.ops.linear(torch.cat(weights), None)
-        self.bias: Tensor | None = None
-        if bias:
-            self.bias = torch.cat([take(f"{prefix}.{name}.bias", (size,), shard) for name, size in sizes.items()])
+        query = num_heads * head_dim, split.query.times(head_dim)
+        key_value = num_kv_heads * head_dim, split.key_value.times(head_dim)
+        parts = {f"{prefix}.q_proj": query, f"{prefix}.k_proj": key_value, f"{prefix}.v_proj": key_value}
+        weight, self.bias = _take_packed(context, parts, hidden_size, bias=bias)
+        self.linear = context.ops.linear(weight, None)
+
+
+def _take_packed(
+    context: LayerContext, parts: Mapping[str, tuple[int, Span]], in_features: int, *, bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The weights of several layers, one below the other, and their biases; parts: name -> out_features, the rank's."""
+    take = context.weights.take
+    weights = [take(f"{name}.weight", (size, in_features), span) for name, (size, span) in parts.items()]
+    biases = [take(f"{name}.bias", (size,), span) for name, (size, span) in parts.items()] if bias else None
+    return torch.cat(weights), torch.cat(biases) if biases else None
 
 
 class RowParallelLinear:
-    """A linear layer cut along its inputs; [n, in / ranks] -> [n, out], summed over ranks."""
+    """A linear layer cut along its inputs; [n, inputs of this rank] -> [n, out], summed over ranks."""
 
-    def __init__(self, context: LayerContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
-        """name: the layer's full name in the checkpoint."""
-        parallel = context.parallel
-        weight = context.weights.take(f"{name}.weight", (out_features, in_features), parallel.shard(1))
+    def __init__(
+        self, context: LayerContext, name: str, in_features: int, out_features: int, span: Span, *, bias: bool
+    ) -> None:
+        """name: the layer's full name in the checkpoint; span: of the inputs."""
+        weight = context.weights.take(f"{name}.weight", (out_features, in_features), span, dim=1)
         full_bias = context.weights.take(f"{name}.bias", (out_features,)) if bias else None
         # The bias must enter the sum over ranks once.
-        self._linear = context.ops.linear(weight, full_bias if parallel.rank == 0 else None)
-        self._all_reduce = parallel.all_reduce
+        self._linear = context.ops.linear(weight, full_bias if context.parallel.rank == 0 else None)
+        self._all_reduce = context.parallel.all_reduce
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, in_features / ranks]."""
+        """x: [n, inputs of this rank]."""
         return self._all_reduce(self._linear(x))
 
 
-class VocabParallelEmbedding:
-    """Token embeddings, cut along the vocabulary; [n] integers -> [n, hidden_size]."""
+class Embedding:
+    """Token embeddings, on every rank or cut along the vocabulary; [n] integers -> [n, hidden_size]."""
 
     def __init__(self, context: LayerContext, name: str, vocab_size: int, hidden_size: int) -> None:
         """name: the layer's full name in the checkpoint."""
-        self._parallel = context.parallel
-        weight = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), self._parallel.shard(0))
-        self.weight = weight  # [vocab_size / ranks, hidden_size]
+        parallel = context.parallel
+        self._all_reduce = parallel.all_reduce
+        self._is_cut = parallel.shards_embedding and parallel.size > 1
+        self._span = parallel.vocab_span(vocab_size)
+        span = self._span if self._is_cut else None
+        self._weight = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), span)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The rows of the token ids whose logits this rank computes: [num_ids, hidden_size]."""
+        num_ids = self._span.stop - self._span.start
+        return self._weight.narrow(0, 0 if self._is_cut else self._span.start, num_ids)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids: [n] integers, below vocab_size."""
-        if self._parallel.size == 1:
-            return self.weight.index_select(0, input_ids)
-        num_rows = len(self.weight)
-        rows = input_ids - self._parallel.rank * num_rows
-        is_elsewhere = (rows < 0) | (rows >= num_rows)
-        embedded = self.weight.index_select(0, rows.clamp(0, num_rows - 1))
-        return self._parallel.all_reduce(embedded.masked_fill_(is_elsewhere[:, None], 0))
-
-
-class ParallelLMHead:
-    """The projection to the vocabulary, cut along it.
-
-    `linear`: [n, hidden_size] -> [n, vocab_size / ranks]; `gather` makes the whole rows of it.
-    """
-
-    def __init__(self, context: LayerContext, weight: Tensor) -> None:
-        """weight: this rank's [vocab_size / ranks, hidden_size]."""
-        self.linear = context.ops.linear(weight, None)
-        self.gather = context.parallel.all_gather
+        if not self._is_cut:
+            return self._weight.index_select(0, input_ids)
+        rows = input_ids - self._span.start
+        is_elsewhere = (rows < 0) | (rows >= self._span.length)
+        embedded = self._weight.index_select(0, rows.clamp(0, self._span.length - 1))
+        return self._all_reduce(embedded.masked_fill_(is_elsewhere[:, None], 0))

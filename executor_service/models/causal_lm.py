@@ -10,18 +10,17 @@ from torch import Tensor
 from executor_service.layers.attention import Attend, AttentionConfig, HeadParameters
 from executor_service.layers.device import DeviceOps
 from executor_service.layers.parallel import (
+    Embedding,
     LayerContext,
     MergedColumnParallelLinear,
-    ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
     TensorParallel,
-    VocabParallelEmbedding,
 )
+from executor_service.layers.partition import split_heads
 from executor_service.layers.rotary import inverse_frequencies
 from executor_service.models.config import ModelConfig
-from executor_service.weights.checkpoint import Checkpoint
-from executor_service.weights.errors import UnsupportedModel
+from executor_service.weights.checkpoint import Checkpoint, Span
 
 
 class _Attention:
@@ -30,6 +29,7 @@ class _Attention:
     def __init__(self, context: LayerContext, prefix: str, config: ModelConfig) -> None:
         self._ops = context.ops
         self._eps = config.rms_norm_eps
+        split = split_heads(config.num_heads, config.num_kv_heads, context.parallel.rank, context.parallel.size)
         self._qkv = QKVParallelLinear(
             context,
             prefix,
@@ -37,6 +37,7 @@ class _Attention:
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
+            split,
             bias=config.qkv_bias,
         )
         qk_norm: Tensor | None = None
@@ -44,14 +45,14 @@ class _Attention:
             q_norm, k_norm = (
                 context.weights.take(f"{prefix}.{name}.weight", (config.head_dim,)) for name in ("q_norm", "k_norm")
             )
-            num_heads, num_kv_heads = (n // context.parallel.size for n in (config.num_heads, config.num_kv_heads))
-            qk_norm = torch.stack([q_norm] * num_heads + [k_norm] * num_kv_heads)
+            qk_norm = torch.stack([q_norm] * split.query.length + [k_norm] * split.key_value.length)
         self._parameters = HeadParameters(self._qkv.bias, qk_norm)
         self._output = RowParallelLinear(
             context,
             f"{prefix}.o_proj",
             config.num_heads * config.head_dim,
             config.hidden_size,
+            split.query.times(config.head_dim),
             bias=config.output_bias,
         )
 
@@ -80,7 +81,12 @@ class _DecoderLayer:
             bias=config.mlp_bias,
         )
         self._down = RowParallelLinear(
-            context, f"{prefix}.mlp.down_proj", config.intermediate_size, config.hidden_size, bias=config.mlp_bias
+            context,
+            f"{prefix}.mlp.down_proj",
+            config.intermediate_size,
+            config.hidden_size,
+            context.parallel.span(config.intermediate_size),
+            bias=config.mlp_bias,
         )
 
     def __call__(self, x: Tensor | None, residual: Tensor, kv_cache: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
@@ -113,29 +119,31 @@ class CausalLM(abc.ABC):
     def __init__(
         self, config: ModelConfig, weights: Checkpoint, dtype: torch.dtype, ops: DeviceOps, parallel: TensorParallel
     ) -> None:
-        """Read this rank's weights. Raises: InvalidCheckpoint, UnsupportedModel."""
-        sizes = (config.num_heads, config.num_kv_heads, config.intermediate_size, config.vocab_size)
-        if any(size % parallel.size for size in sizes):
-            raise UnsupportedModel(f"{config.architecture} with sizes {sizes} cannot be cut into {parallel.size} ranks")
+        """Read this rank's weights. Raises: InvalidCheckpoint."""
         context = LayerContext(weights, ops, parallel)
         self.config = config
+        self.vocab_span = parallel.vocab_span(config.vocab_size)
         self._ops = ops
-        self._embedding = VocabParallelEmbedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
+        self._embedding = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
         self._layers = [_DecoderLayer(context, f"model.layers.{i}", config) for i in range(config.num_layers)]
         self._norm = _take_norm(context, "model.norm", config)
-        head = self._embedding.weight
-        if not config.tie_word_embeddings:
-            head = weights.take("lm_head.weight", (config.vocab_size, config.hidden_size), parallel.shard(0))
-        self._lm_head = ParallelLMHead(context, head)
-        self._attention_sizes = (config.num_heads // parallel.size, config.num_kv_heads // parallel.size)
+        self._lm_head = ops.linear(self._take_head(weights), None)
+        self._heads = split_heads(config.num_heads, config.num_kv_heads, parallel.rank, parallel.size)
         self._dtype = dtype
+
+    def _take_head(self, weights: Checkpoint) -> Tensor:
+        """The rows of this rank's token ids: [num_ids, hidden_size]."""
+        if self.config.tie_word_embeddings:
+            return self._embedding.head_weight
+        span = self.vocab_span
+        shape = self.config.vocab_size, self.config.hidden_size
+        return weights.take("lm_head.weight", shape, Span(span.start, span.stop, span.stop - span.start))
 
     def attention_config(self, block_size: int) -> AttentionConfig:
         """What a device's attention needs to know of this rank's part of the model."""
-        num_heads, num_kv_heads = self._attention_sizes
         return AttentionConfig(
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
+            num_heads=self._heads.query.length,
+            num_kv_heads=self._heads.key_value.length,
             head_dim=self.config.head_dim,
             block_size=block_size,
             dtype=self._dtype,
@@ -155,10 +163,10 @@ class CausalLM(abc.ABC):
         return Hidden(x, residual)
 
     def compute_logits(self, hidden: Hidden) -> Tensor:
-        """[n, vocab_size] in the model's dtype."""
-        head = self._lm_head
-        logits, _ = self._ops.norm_linear(head.linear, hidden.x, hidden.residual, self._norm, self.config.rms_norm_eps)
-        return head.gather(logits)
+        """Of this rank's token ids, those of vocab_span: [n, num_ids] in the model's dtype."""
+        eps = self.config.rms_norm_eps
+        logits, _ = self._ops.norm_linear(self._lm_head, hidden.x, hidden.residual, self._norm, eps)
+        return logits
 
 
 def _take_norm(context: LayerContext, name: str, config: ModelConfig) -> Tensor:

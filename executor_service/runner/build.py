@@ -7,6 +7,8 @@ import torch
 
 from executor_service import weights
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
+from executor_service.distributed.placement import Placement
 from executor_service.layers.device import DeviceOps
 from executor_service.models import CausalLM, load_model
 from executor_service.plan import Limits
@@ -20,9 +22,10 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model on its device, and the sizes that the settings give it."""
+    """A rank's part of a model on its device, and the sizes that the settings give it."""
 
     config: ExecutorConfig
+    group: RankGroup
     model: CausalLM
     dtype: torch.dtype
     max_model_len: int  # tokens
@@ -31,9 +34,11 @@ class LoadedModel:
 
     @property
     def cache_shape(self) -> KVCacheShape:
-        """What a KV block holds."""
-        model = self.model.config
-        return KVCacheShape(model.num_layers, model.num_kv_heads, self.config.block_size, model.head_dim, self.dtype)
+        """What a KV block holds on this rank."""
+        model, attention = self.model.config, self.model.attention_config(self.config.block_size)
+        return KVCacheShape(
+            model.num_layers, attention.num_kv_heads, self.config.block_size, model.head_dim, self.dtype
+        )
 
     def limits(self, num_blocks: int) -> Limits:
         """What plans are checked against."""
@@ -47,29 +52,35 @@ class LoadedModel:
         )
 
     def info(self, num_blocks: int, device: str, graph_batch_sizes: tuple[int, ...] = ()) -> RunnerInfo:
-        """What the core needs to know. Raises: InvalidCheckpoint."""
-        directory = Path(self.config.model)
+        """What the core needs to know; rank 0 alone tells it the digest of the weights. Raises: InvalidCheckpoint."""
+        directory, placement = Path(self.config.model), self.group.placement
         return RunnerInfo(
             architecture=self.model.config.architecture,
             model_digest=model_digest(directory),
-            weights_digest=weights.digest(directory),
+            weights_digest=weights.digest(directory) if placement.rank == 0 else "",
             dtype=self.config.dtype,
             device=device,
             limits=self.limits(num_blocks),
             graph_batch_sizes=graph_batch_sizes,
+            tensor_parallel_size=placement.size,
         )
 
 
-def load(config: ExecutorConfig, ops: DeviceOps, max_num_seqs: int, max_tokens_per_step: int) -> LoadedModel:
+def load(
+    config: ExecutorConfig, group: RankGroup, ops: DeviceOps, max_num_seqs: int, max_tokens_per_step: int
+) -> LoadedModel:
     """Load the model; the last two are what holds where the settings leave them open. Raises: ModelError."""
     dtype = _DTYPES[config.dtype]
-    model = load_model(Path(config.model), dtype=dtype, device_ops=ops)
+    group.require_same("settings", dataclasses.replace(config, model=model_digest(Path(config.model)), listen=""))
+    parallel = dataclasses.replace(group.tensor_parallel(), shards_embedding=config.shard_embedding)
+    model = load_model(Path(config.model), dtype=dtype, device_ops=ops, parallel=parallel)
     limit = model.config.max_position_embeddings
     max_model_len = limit if config.max_model_len is None else config.max_model_len
     if max_model_len > limit:
         raise UnfitSettings(f"--max-model-len {max_model_len} is more than the {limit} positions of the model")
     return LoadedModel(
         config=config,
+        group=group,
         model=model,
         dtype=dtype,
         max_model_len=max_model_len,
@@ -78,17 +89,23 @@ def load(config: ExecutorConfig, ops: DeviceOps, max_num_seqs: int, max_tokens_p
     )
 
 
-def build_runner(config: ExecutorConfig) -> Runner:
-    """Load the model and make its KV cache, on the device that the settings name.
+def build_runner(config: ExecutorConfig, placement: Placement | None = None) -> Runner:
+    """Load a rank's part of the model (None: all of it) and make its KV cache, on the device that the settings name.
 
-    Raises: ModelError, where the model, the settings and the machine do not fit.
+    Blocks until all ranks do. Raises: ModelError, where the model, the settings and the machine do not fit.
     """
+    placement = placement or Placement()
+    if placement.size != config.tensor_parallel_size:
+        raise UnfitSettings(f"--tensor-parallel-size {config.tensor_parallel_size}, but {placement.size} ranks")
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         from executor_service.runner.cpu_runner import build_cpu_runner
 
-        return build_cpu_runner(config)
-    if not torch.cuda.is_available():
-        raise UnfitSettings("--device cuda, but PyTorch finds no GPU that it can use")
+        return build_cpu_runner(config, RankGroup(placement, torch.device("cpu")))
+    num_gpus = torch.cuda.device_count()
+    if placement.local_size > num_gpus:
+        raise UnfitSettings(f"{placement.local_size} ranks need as many GPUs, and PyTorch finds {num_gpus}")
     from executor_service.runner.gpu.build import build_gpu_runner  # needs triton, which a CPU does without
 
-    return build_gpu_runner(config)
+    device = torch.device("cuda", placement.local_rank)
+    torch.cuda.set_device(device)
+    return build_gpu_runner(config, RankGroup(placement, device))

@@ -3,13 +3,14 @@
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
 from executor_service.layers.attention import AttentionBackend
 from executor_service.layers.cpu import CpuAttention, CpuOps
 from executor_service.models import CausalLM
@@ -25,46 +26,54 @@ from executor_service.runner.ledger import Ledger
 from executor_service.runner.runner import CONTINUES, RunnerInfo, StepOutput
 from executor_service.runner.slots import SlotState
 from executor_service.runner.step_inputs import decode_inputs, prefill_inputs
-from kernels.sampling import SamplingColumns, sample
-
-# (logits [num_rows, vocab_size] float32, finite; columns of num_rows; positions [num_rows] int64) -> [num_rows] int64
-Sample = Callable[[Tensor, SamplingColumns, Tensor], Tensor]
+from kernels.sampling import WHOLE_VOCABULARY, VocabularyShard, sample
 
 _NONE = np.empty(0, dtype=np.int32)
 _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP = 64, 512  # where the settings leave them open
 
 
-def build_cpu_runner(config: ExecutorConfig) -> "CpuRunner":
-    """Load the model and make its KV cache in main memory.
+def build_cpu_runner(config: ExecutorConfig, group: RankGroup) -> "CpuRunner":
+    """Load this rank's part of the model and make its KV cache in main memory.
 
     Sets the number of threads of torch, for the whole process.
     Raises: ModelError, where the model, the settings and the machine do not fit.
     """
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if config.num_threads is None else config.num_threads)
-    loaded = load(config, CpuOps(), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
+    local_ranks = group.placement.local_size
+    num_cores = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+    torch.set_num_threads(num_cores if config.num_threads is None else config.num_threads)
+    loaded = load(config, group, CpuOps(), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
     shape, num_blocks = loaded.cache_shape, config.num_blocks
     if num_blocks is None:
-        memory_bytes = int(available_memory_bytes() * config.memory_utilization)
-        num_blocks = count_blocks(
-            shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--memory-utilization"
+        memory_bytes = int(available_memory_bytes() * config.memory_utilization / local_ranks)
+        num_blocks = group.least(
+            count_blocks(shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--memory-utilization")
         )
     info = loaded.info(num_blocks, f"CPU, {torch.get_num_threads()} threads")
     attention = CpuAttention(loaded.model.attention_config(config.block_size))
-    return CpuRunner(info, loaded.model, allocate_on_cpu(shape, num_blocks), attention, sample)
+    shard = WHOLE_VOCABULARY
+    if group.placement.size > 1:
+        shard = VocabularyShard(loaded.model.vocab_span.start, group.tensor_parallel().all_gather)
+    return CpuRunner(info, loaded.model, allocate_on_cpu(shape, num_blocks), attention, shard)
 
 
 class CpuRunner:
     """See Runner. Every tensor lives on the device of `kv_caches`."""
 
     def __init__(
-        self, info: RunnerInfo, model: CausalLM, kv_caches: list[Tensor], attention: AttentionBackend, sample: Sample
+        self,
+        info: RunnerInfo,
+        model: CausalLM,
+        kv_caches: list[Tensor],
+        attention: AttentionBackend,
+        shard: VocabularyShard,
     ) -> None:
-        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]."""
+        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]; shard: what the model's logits
+        are of."""
         self._info = info
         self._model = model
         self._kv_caches = kv_caches
         self._attention = attention
-        self._sample = sample
+        self._shard = shard
         self.reset()
 
     @property
@@ -124,7 +133,8 @@ class CpuRunner:
         if not len(slots):
             return _NOTHING
         logits = self._model.compute_logits(hidden).float()
-        is_finite = logits.sum(-1).isfinite()  # a sum is finite only where every term is
+        # A sum is finite only where every term is.
+        is_finite = self._shard.gather(logits.sum(-1, keepdim=True)).isfinite().all(-1)
         errors: list[tuple[int, str]] = []
         if not bool(is_finite.all()):
             failed, slots, logits = slots[~is_finite], slots[is_finite], logits[is_finite]
@@ -133,7 +143,7 @@ class CpuRunner:
             self._scrub(failed)
             errors = [(slot, "non-finite logits") for slot in failed.tolist()]
         positions = self._slots.context_len[slots]
-        token_ids = self._sample(logits, self._slots.sampling.select(slots), positions)
+        token_ids = sample(logits, self._slots.sampling.select(slots), positions, self._shard)
         reasons = self._slots.sampled(slots, token_ids)
         sampled = _Sampled(_column(slots), _column(token_ids), _column(reasons), errors)
         self._ledger.end(sampled.slots[sampled.finish_reasons != CONTINUES])

@@ -55,6 +55,7 @@ class RunnerInfo:
     device: str
     limits: Limits
     graph_batch_sizes: tuple[int, ...]
+    tensor_parallel_size: int = 1
 
 
 class Runner(Protocol):

@@ -16,12 +16,16 @@ _FLOATS = ("F32", "F16", "BF16")
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """The part of a tensor that one rank holds: an equal range of `dim`."""
+class Span:
+    """What one rank holds of a dimension: the range from `start` to `stop`, then zeros up to `length`."""
 
-    dim: int
-    rank: int
-    size: int
+    start: int
+    stop: int
+    length: int
+
+    def times(self, count: int) -> "Span":
+        """The same of a dimension with `count` entries for each of this one's."""
+        return Span(self.start * count, self.stop * count, self.length * count)
 
 
 class Checkpoint:
@@ -58,8 +62,8 @@ class Checkpoint:
                 raise InvalidCheckpoint(f"{path} holds {name!r}, which another file of {self._directory} holds too")
             self._files[name] = file
 
-    def take(self, name: str, shape: tuple[int, ...], shard: Shard | None = None) -> Tensor:
-        """Read a tensor of `shape`, or its shard; the result is a copy on the checkpoint's device, in its dtype.
+    def take(self, name: str, shape: tuple[int, ...], span: Span | None = None, *, dim: int = 0) -> Tensor:
+        """Read a tensor of `shape`, or `span` of its `dim`, into new memory of the checkpoint's device, in its dtype.
 
         Raises: InvalidCheckpoint, where it is missing, has another shape or is no float.
         """
@@ -75,7 +79,15 @@ class Checkpoint:
             raise InvalidCheckpoint(f"{name!r} in {self._directory} is {stored.get_dtype()}, not one of {_FLOATS}")
         self._taken.add(name)
         # A copy, because the file is only mapped: it may change or shrink once it is closed.
-        return _part(stored, shape, shard).to(self._device, self._dtype, copy=True)
+        if span is None:
+            return stored[:].to(self._device, self._dtype, copy=True)
+        found[dim] = span.length
+        part = torch.zeros(found, dtype=self._dtype, device=self._device)
+        if span.stop > span.start:
+            part.narrow(dim, 0, span.stop - span.start).copy_(
+                stored[(slice(None),) * dim + (slice(span.start, span.stop),)]
+            )
+        return part
 
     def finish(self, ignored: frozenset[str]) -> None:
         """Raises: InvalidCheckpoint, where a tensor was neither taken nor is to be ignored."""
@@ -88,12 +100,3 @@ class Checkpoint:
             raise InvalidCheckpoint(
                 f"{self._directory} holds tensors that the model has no use for: {len(unknown)}, such as {unknown[0]!r}"
             )
-
-
-def _part(stored: Any, shape: tuple[int, ...], shard: Shard | None) -> Tensor:
-    if shard is None:
-        return stored[:]
-    length = shape[shard.dim] // shard.size
-    index = [slice(None)] * len(shape)
-    index[shard.dim] = slice(shard.rank * length, (shard.rank + 1) * length)
-    return stored[tuple(index)]

@@ -1,17 +1,28 @@
-"""Through both real services, whatever the scheduling: the tokens that transformers generates on the same weights."""
+"""Through both real services, whatever the scheduling and on however many ranks: the tokens of transformers.
 
+On several ranks it is less of everything, of the default model's layers too: there a step waits for messages above all.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from duet import LLM, Client, SamplingParams
 from tests.golden.oracle import NearTie, Oracle, Reference, assert_same_tokens
 from tests.golden.prompts import prompt_token_ids
 
-NUM_TOKENS = 64
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-SEEDED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1234, max_tokens=NUM_TOKENS, ignore_eos=True)
+NUM_TOKENS = {1: 64, 2: 24, 4: 24}  # by the number of ranks
+EVERY_NTH_PROMPT = {1: 1, 2: 2, 4: 2}
+FEW_LAYERS = 3
+GREEDY = SamplingParams(temperature=0, ignore_eos=True)
+SEEDED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1234, ignore_eos=True)
 SAMPLED_PROMPTS = 6
 SAMPLED_COPIES = 3  # so many that they fill the cache of the scenario with few blocks, even where they come slowly
 BLOCK_SIZE = 64  # the default
@@ -19,26 +30,69 @@ BLOCK_SIZE = 64  # the default
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture(scope="module")
-def prompts(oracle: Oracle) -> dict[str, list[int]]:
-    return prompt_token_ids(oracle.model)
+@pytest.fixture(scope="module", params=NUM_TOKENS, ids="ranks-{}".format)
+def num_ranks(request: pytest.FixtureRequest) -> int:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def references(oracle: Oracle, prompts: dict[str, list[int]]) -> dict[str, Reference]:
-    return dict(zip(prompts, oracle.generate_all(list(prompts.values()), NUM_TOKENS), strict=True))
+def greedy(num_ranks: int) -> SamplingParams:
+    return dataclasses.replace(GREEDY, max_tokens=NUM_TOKENS[num_ranks])
 
 
 @pytest.fixture(scope="module")
-def plain(oracle: Oracle) -> Iterator[LLM]:
-    with LLM(str(oracle.model), dtype="float32", num_blocks=256) as llm:
+def seeded(num_ranks: int) -> SamplingParams:
+    return dataclasses.replace(SEEDED, max_tokens=NUM_TOKENS[num_ranks])
+
+
+@pytest.fixture(scope="module")
+def few_layers(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Oracle:
+    """The oracle for the default model's first layers."""
+    directory = tmp_path_factory.mktemp("few-layers")
+    shutil.copytree(oracle.model, directory, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"num_hidden_layers": FEW_LAYERS}))
+    dropped = tuple(f"model.layers.{layer}." for layer in range(FEW_LAYERS, config["num_hidden_layers"]))
+    with safe_open(oracle.model / "model.safetensors", framework="pt") as weights:
+        kept = {name: weights.get_tensor(name) for name in weights.keys() if not name.startswith(dropped)}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+    return Oracle(directory, tmp_path_factory.mktemp("oracle-of-few-layers"))
+
+
+@pytest.fixture(scope="module")
+def standard(num_ranks: int, oracle: Oracle, few_layers: Oracle) -> Oracle:
+    """What this number of ranks is held against."""
+    return oracle if num_ranks == 1 else few_layers
+
+
+@pytest.fixture(scope="module")
+def prompts(num_ranks: int, oracle: Oracle) -> dict[str, list[int]]:
+    return dict(list(prompt_token_ids(oracle.model).items())[:: EVERY_NTH_PROMPT[num_ranks]])
+
+
+@pytest.fixture(scope="module")
+def references(num_ranks: int, standard: Oracle, prompts: dict[str, list[int]]) -> dict[str, Reference]:
+    return dict(zip(prompts, standard.generate_all(list(prompts.values()), NUM_TOKENS[num_ranks]), strict=True))
+
+
+@pytest.fixture(scope="module")
+def start(num_ranks: int, standard: Oracle) -> Callable[..., LLM]:
+    """Starts both services in float32, with further flags."""
+    ranks = {"tensor_parallel_size": num_ranks} if num_ranks > 1 else {}
+    return functools.partial(LLM, str(standard.model), dtype="float32", **ranks)
+
+
+@pytest.fixture(scope="module")
+def plain(start: Callable[..., LLM]) -> Iterator[LLM]:
+    with start(num_blocks=256) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
-def seeded_tokens(plain: LLM, prompts: dict[str, list[int]]) -> list[list[int]]:
-    """What the seeded request gives when each prompt runs alone: the measure of all other scenarios."""
-    return [generate(plain, [prompt], SEEDED)[0]["token_ids"] for prompt in first(prompts)]
+def seeded_tokens(standard: Oracle, seeded: SamplingParams, prompts: dict[str, list[int]]) -> list[list[int]]:
+    """What the seeded request gives when each prompt runs alone on one rank: the measure of all other scenarios."""
+    with LLM(str(standard.model), dtype="float32", num_blocks=256) as llm:
+        return [generate(llm, [prompt], seeded)[0]["token_ids"] for prompt in first(prompts)]
 
 
 def first(prompts: dict[str, list[int]]) -> list[list[int]]:
@@ -49,50 +103,52 @@ def generate(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> 
     return llm.generate(list(prompts), params, use_tqdm=False)
 
 
+@dataclasses.dataclass(frozen=True)
 class Checks:
     """What every scenario is held against."""
 
-    def __init__(
-        self,
-        references: dict[str, Reference],
-        oracle: Oracle,
-        seeded_tokens: list[list[int]],
-        tell: Callable[[str], None],
-    ) -> None:
-        self._references = references
-        self._oracle = oracle
-        self._seeded_tokens = seeded_tokens
-        self._tell = tell
+    num_ranks: int
+    greedy: SamplingParams
+    seeded: SamplingParams
+    references: dict[str, Reference]
+    standard: Oracle
+    seeded_tokens: list[list[int]]
+    tell: Callable[[str], None]
 
-    def greedy(self, scenario: str, outputs: Sequence[dict[str, Any]]) -> None:
+    def compare(self, scenario: str, outputs: Sequence[dict[str, Any]]) -> None:
+        """Greedy outputs, a prompt each, against transformers."""
         ties: list[NearTie] = []
-        for output, (name, reference) in zip(outputs, self._references.items(), strict=True):
-            ties += assert_same_tokens(output["token_ids"], reference, self._oracle, name)
-        self._tell(f"golden, {scenario}: {len(ties)} near ties forgiven in {len(outputs)} x {NUM_TOKENS} tokens")
+        for output, (name, reference) in zip(outputs, self.references.items(), strict=True):
+            ties += assert_same_tokens(output["token_ids"], reference, self.standard, name)
+        what = f"golden, {scenario}, {self.num_ranks} ranks"
+        self.tell(f"{what}: {len(ties)} near ties forgiven in {len(outputs)} x {self.greedy.max_tokens} tokens")
 
     def scenario(self, name: str, llm: LLM, prompts: dict[str, list[int]]) -> tuple[list[dict[str, Any]], ...]:
         """All prompts at once: greedy against transformers, seeded against the undisturbed run; both outputs."""
-        outputs = generate(llm, list(prompts.values()), GREEDY)
-        self.greedy(name, outputs)
-        sampled = generate(llm, first(prompts) * SAMPLED_COPIES, SEEDED)
-        assert [output["token_ids"] for output in sampled] == self._seeded_tokens * SAMPLED_COPIES
+        outputs = generate(llm, list(prompts.values()), self.greedy)
+        self.compare(name, outputs)
+        sampled = generate(llm, first(prompts) * SAMPLED_COPIES, self.seeded)
+        assert [output["token_ids"] for output in sampled] == self.seeded_tokens * SAMPLED_COPIES
         return outputs, sampled
 
 
 @pytest.fixture(scope="module")
 def checks(
+    num_ranks: int,
+    greedy: SamplingParams,
+    seeded: SamplingParams,
     references: dict[str, Reference],
-    oracle: Oracle,
+    standard: Oracle,
     seeded_tokens: list[list[int]],
     tell: Callable[[str], None],
 ) -> Checks:
-    return Checks(references, oracle, seeded_tokens, tell)
+    return Checks(num_ranks, greedy, seeded, references, standard, seeded_tokens, tell)
 
 
 def test_each_prompt_alone_gives_the_tokens_of_transformers(
     plain: LLM, prompts: dict[str, list[int]], checks: Checks
 ) -> None:
-    checks.greedy("alone", [generate(plain, [prompt], GREEDY)[0] for prompt in prompts.values()])
+    checks.compare("alone", [generate(plain, [prompt], checks.greedy)[0] for prompt in prompts.values()])
 
 
 def test_a_warm_prefix_cache_changes_no_token(plain: LLM, prompts: dict[str, list[int]], checks: Checks) -> None:
@@ -106,22 +162,21 @@ def test_a_warm_prefix_cache_changes_no_token(plain: LLM, prompts: dict[str, lis
 
 @pytest.mark.parametrize("max_inflight_steps", [1, 2, 3])
 def test_all_at_once_with_plans_in_flight_changes_no_token(
-    max_inflight_steps: int, oracle: Oracle, prompts: dict[str, list[int]], checks: Checks
+    max_inflight_steps: int, start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks
 ) -> None:
-    flags = {"dtype": "float32", "num_blocks": 256, "max_inflight_steps": max_inflight_steps}
-    with LLM(str(oracle.model), **flags) as llm:
+    with start(num_blocks=256, max_inflight_steps=max_inflight_steps) as llm:
         checks.scenario(f"all at once, {max_inflight_steps} plans in flight", llm, prompts)
 
 
 def test_a_token_budget_of_sixteen_changes_no_token(
-    oracle: Oracle, prompts: dict[str, list[int]], checks: Checks
+    start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks
 ) -> None:
-    with LLM(str(oracle.model), dtype="float32", num_blocks=256, max_tokens_per_step=16) as llm:
+    with start(num_blocks=256, max_tokens_per_step=16) as llm:
         checks.scenario("a token budget of 16", llm, prompts)
 
 
-def test_preemption_changes_no_token(oracle: Oracle, prompts: dict[str, list[int]], checks: Checks) -> None:
-    with LLM(str(oracle.model), dtype="float32", block_size=16, num_blocks=52) as llm:
+def test_preemption_changes_no_token(start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks) -> None:
+    with start(block_size=16, num_blocks=52) as llm:
         outputs, sampled = checks.scenario("so few blocks that requests are preempted", llm, prompts)
         with Client(llm.address) as client:
             load = client.server().load

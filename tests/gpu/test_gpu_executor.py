@@ -14,6 +14,8 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
+from executor_service.distributed.placement import Placement
 from executor_service.layers.cuda import CudaOps
 from executor_service.layers.cuda_attention import PrefillStep, TritonAttention
 from executor_service.layers.cuda_attention_libraries import has_flash_attn
@@ -32,6 +34,7 @@ MODELS = {
     "qwen3-128": (Qwen3Config, Qwen3ForCausalLM, {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}),
     "qwen2-64": (Qwen2Config, Qwen2ForCausalLM, {"num_attention_heads": 6, "num_key_value_heads": 2}),
 }
+ALONE = RankGroup(Placement(), torch.device("cuda"))
 SETTINGS = ExecutorConfig(
     model="", dtype="float32", num_blocks=160, max_num_seqs=40, max_tokens_per_step=2048, max_model_len=512
 )
@@ -117,7 +120,7 @@ def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def runner(directory: Path) -> GpuRunner:
-    return build_gpu_runner(dataclasses.replace(SETTINGS, model=str(directory)))
+    return build_gpu_runner(dataclasses.replace(SETTINGS, model=str(directory)), ALONE)
 
 
 @torch.inference_mode()
@@ -151,7 +154,7 @@ def test_every_attention_backend_follows_float32_as_closely_as_transformers_in_b
     config = dataclasses.replace(
         SETTINGS, model=str(directory), dtype="bfloat16", attention_backend=backend, block_size=block_size
     )
-    runner = build_gpu_runner(config)
+    runner = build_gpu_runner(config, ALONE)
     prompts = random_prompts(12, 80, seed=3)
     tokens = run(runner, batch_plans(prompts, 24, GREEDY, block_size), len(prompts))
     losses: list[tuple[float, float]] = []
@@ -172,7 +175,7 @@ def test_every_attention_backend_follows_float32_as_closely_as_transformers_in_b
 def test_prefill_logits_in_bfloat16_are_as_close_to_float32_as_those_of_transformers(directory: Path) -> None:
     device = torch.device("cuda")
     config = dataclasses.replace(SETTINGS, model=str(directory), dtype="bfloat16")
-    loaded = load(config, CudaOps(device), 1, 1)
+    loaded = load(config, ALONE, CudaOps(device), 1, 1)
     attention = loaded.model.attention_config(64)
     tables = torch.arange(8, dtype=torch.int32, device=device)[None].flip(1).contiguous()
     workspace = make_workspace(attention.num_heads, attention.num_kv_heads, attention.head_dim, device)
@@ -211,7 +214,7 @@ def test_a_graph_gives_the_bits_of_eager_launches_at_the_same_padded_batch(dtype
         plans = batch_plans(prompts, 20, SAMPLED, 64)
         results = []
         for eager in (False, True):
-            runner = build_gpu_runner(dataclasses.replace(config, enforce_eager=eager))
+            runner = build_gpu_runner(dataclasses.replace(config, enforce_eager=eager), ALONE)
             tokens = run(runner, plans, count)
             results.append((tokens, runner.rings.results[1:21].clone()))
         assert results[0][0] == results[1][0]
@@ -266,4 +269,4 @@ def test_prefills_in_quick_succession_each_find_their_own_columns(runner: GpuRun
 def test_too_little_memory_is_refused_with_the_flag_to_change(directory: Path) -> None:
     config = dataclasses.replace(SETTINGS, model=str(directory), num_blocks=None, gpu_memory_utilization=0.01)
     with pytest.raises(UnfitSettings, match="--gpu-memory-utilization"):
-        build_gpu_runner(config)
+        build_gpu_runner(config, ALONE)

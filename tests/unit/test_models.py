@@ -7,16 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from executor_service.layers.cpu import CpuOps
-from executor_service.layers.parallel import (
-    LayerContext,
-    QKVParallelLinear,
-    RowParallelLinear,
-    TensorParallel,
-    VocabParallelEmbedding,
-)
 from executor_service.models import registry
-from executor_service.weights.checkpoint import Checkpoint
 from tests.unit.tiny_checkpoints import LINEAR, LLAMA3, PagedRun, edit_config, load, save_tiny_model
 
 TOLERANCE = {"rtol": 0, "atol": 1e-4}
@@ -129,39 +120,3 @@ def test_bfloat16_follows_float32_as_closely_as_transformers_bfloat16_does(tmp_p
 
 def test_registry_holds_the_three_architectures():
     assert set(registry) == {"LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
-
-
-class TestTwoRanks:
-    """Layers built for each of two ranks in turn, their results combined by hand as the collectives would."""
-
-    @pytest.fixture
-    def weights(self, tmp_path):
-        save_tiny_model(tmp_path, "LlamaForCausalLM", attention_bias=True)
-        with Checkpoint(tmp_path, torch.float32, torch.device("cpu")) as checkpoint:
-            yield checkpoint
-
-    def build(self, weights, layer, *arguments, **options):
-        """The layer whole, and its two halves."""
-        groups = [TensorParallel(), TensorParallel(0, 2), TensorParallel(1, 2)]
-        return [layer(LayerContext(weights, CpuOps(), group), *arguments, **options) for group in groups]
-
-    def test_query_heads_and_their_key_value_heads_stay_together(self, weights):
-        prefix = "model.layers.0.self_attn"
-        whole, first, second = self.build(weights, QKVParallelLinear, prefix, 64, 4, 2, 16, bias=True)
-        x = torch.randn(5, 64)
-        q, k, v = (whole.linear(x) + whole.bias).split([64, 32, 32], dim=1)
-        for half, columns in ((first, slice(0, None)), (second, slice(1, None))):
-            expected = [part.chunk(2, dim=1)[columns][0] for part in (q, k, v)]
-            torch.testing.assert_close(half.linear(x) + half.bias, torch.cat(expected, dim=1), rtol=1e-5, atol=1e-5)
-
-    def test_row_parallel_parts_sum_to_the_whole_with_its_bias_once(self, weights):
-        name = "model.layers.0.self_attn.o_proj"
-        whole, first, second = self.build(weights, RowParallelLinear, name, 64, 64, bias=True)
-        x = torch.randn(5, 64)
-        left, right = x.chunk(2, dim=1)
-        torch.testing.assert_close(first(left) + second(right), whole(x), rtol=1e-5, atol=1e-5)
-
-    def test_embeddings_of_a_half_vocabulary_are_zero_elsewhere(self, weights):
-        whole, first, second = self.build(weights, VocabParallelEmbedding, "model.embed_tokens", 96, 64)
-        token_ids = torch.tensor([0, 47, 48, 95])
-        assert torch.equal(first(token_ids) + second(token_ids), whole(token_ids))

@@ -11,6 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
+from executor_service.distributed.placement import Placement
 from executor_service.plan import InvalidPlan, NewSequence, Plan, Sampling
 from executor_service.runner import kv_cache
 from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
@@ -18,6 +20,7 @@ from executor_service.runner.runner import LENGTH, STOPPED, StepOutput
 
 GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, choice_index=0)
 VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 160, 8, 48, 96
+ALONE = RankGroup(Placement(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +58,7 @@ def settings(model_directory: Path) -> ExecutorConfig:
 
 @pytest.fixture(scope="module")
 def shared_runner(settings: ExecutorConfig) -> CpuRunner:
-    return build_cpu_runner(settings)
+    return build_cpu_runner(settings, ALONE)
 
 
 @pytest.fixture
@@ -300,7 +303,7 @@ def test_the_kv_cache_takes_its_share_of_memory_and_no_more_than_sequences_can_u
 
 def test_more_positions_than_the_model_has_are_refused(settings: ExecutorConfig) -> None:
     with pytest.raises(kv_cache.UnfitSettings, match="--max-model-len 129"):
-        build_cpu_runner(dataclasses.replace(settings, max_model_len=129))
+        build_cpu_runner(dataclasses.replace(settings, max_model_len=129), ALONE)
 
 
 def test_memory_is_no_more_than_the_cgroup_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -317,4 +320,4 @@ def test_memory_is_no_more_than_the_cgroup_leaves(tmp_path: Path, monkeypatch: p
 
 
 def test_setting_of_zero_is_not_taken_for_one_left_out(settings: ExecutorConfig) -> None:
-    assert build_cpu_runner(dataclasses.replace(settings, max_model_len=0)).info.limits.max_model_len == 0
+    assert build_cpu_runner(dataclasses.replace(settings, max_model_len=0), ALONE).info.limits.max_model_len == 0

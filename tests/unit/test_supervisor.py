@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from servicekit import supervisor as supervisor_module
 from servicekit.supervisor import EXIT_GAVE_UP, Child, Supervisor
 
 ROOT = Path(__file__).parents[2]
@@ -66,10 +67,17 @@ def child(script: str, report: Path, name: str = "child") -> Child:
 
 
 @contextlib.contextmanager
-def supervising(*children: Child, grace_s: float = 10.0, stable_s: float = 2.0) -> Iterator[Run]:
+def supervising(
+    *children: Child, together: bool = False, grace_s: float = 10.0, stable_s: float = 2.0
+) -> Iterator[Run]:
     stop, status, ready = threading.Event(), [], []
     supervisor = Supervisor(
-        children, on_ready=lambda: ready.append(1), first_backoff_s=0.01, grace_s=grace_s, stable_s=stable_s
+        children,
+        together=together,
+        on_ready=lambda: ready.append(1),
+        first_backoff_s=0.01,
+        grace_s=grace_s,
+        stable_s=stable_s,
     )
     thread = threading.Thread(target=lambda: status.append(supervisor.run(stop)))
     thread.start()
@@ -252,3 +260,93 @@ def test_child_whose_supervisor_died_before_it_was_bound_ends(report: Path) -> N
     environment = {**os.environ, **ENV, "DUET_PARENT_PID": "1"}
     assert subprocess.run([sys.executable, "-c", REPORT, str(report)], env=environment, timeout=60).returncode == 1
     assert not pids(report)
+
+
+# --- children that are kept together -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reports(tmp_path: Path) -> list[Path]:
+    """One for each of three children."""
+    return [tmp_path / name for name in "abc"]
+
+
+def group_of(reports: list[Path], *scripts: str) -> list[Child]:
+    return [child(script, report, report.name) for script, report in zip(scripts, reports, strict=True)]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_the_end_of_one_child_ends_the_others_at_once_and_all_are_started_again(
+    reports: list[Path], victim: int
+) -> None:
+    # The deaf ones would have all of the grace, if they were asked to end.
+    with supervising(*group_of(reports, DEAF, DEAF, READY), together=True, grace_s=20.0, stable_s=0.0) as run:
+        until(lambda: bool(run.ready))
+        firsts = [pids(report)[0] for report in reports]
+        os.kill(firsts[victim], signal.SIGKILL)
+        until(lambda: all(len(pids(report)) == 2 for report in reports))
+        assert not any(exists(pid) for pid in firsts)
+        run.stop.set()
+        for report in reports:
+            os.kill(pids(report)[1], signal.SIGKILL)
+
+
+def test_a_clean_exit_of_one_child_ends_the_others_too(reports: list[Path]) -> None:
+    leaves = REPORT + "notify_ready(); time.sleep(0.3 if len(open(sys.argv[1]).readlines()) == 1 else 600)"
+    with supervising(*group_of(reports, READY, leaves, READY), together=True, stable_s=0.0) as run:
+        until(lambda: all(len(pids(report)) == 2 for report in reports))
+        assert run.end() == 0
+    assert not any(exists(pid) for report in reports for pid in pids(report))
+
+
+def test_a_group_is_ready_when_all_of_it_was_ready_at_the_same_start(reports: list[Path], tmp_path: Path) -> None:
+    late = tmp_path / "go"
+    waits = REPORT + f"while not os.path.exists({str(late)!r}): time.sleep(0.01)\nnotify_ready(); time.sleep(600)"
+    ready_only_at_first = REPORT + "len(open(sys.argv[1]).readlines()) == 1 and notify_ready()\ntime.sleep(600)"
+    with supervising(*group_of(reports, ready_only_at_first, waits, READY), together=True) as run:
+        until(lambda: all(len(pids(report)) == 1 for report in reports))
+        time.sleep(0.2)  # what the first one says is heard
+        os.kill(pids(reports[0])[0], signal.SIGKILL)
+        until(lambda: all(len(pids(report)) == 2 for report in reports))
+        late.touch()
+        time.sleep(0.3)
+        assert not run.ready
+        assert run.end() == 0
+
+
+def test_a_failed_start_of_several_children_is_one_failed_start(reports: list[Path]) -> None:
+    die_when_all_were_started = REPORT + (
+        f"reports = {[str(report) for report in reports]}\n"
+        "count = lambda report: len(open(report).readlines()) if os.path.exists(report) else 0\n"
+        "while min(map(count, reports)) < count(sys.argv[1]): time.sleep(0.002)\n"
+        "sys.exit(1)"
+    )
+    with supervising(*group_of(reports, *[die_when_all_were_started] * 3), together=True) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert [len(pids(report)) for report in reports] == [5, 5, 5]
+
+
+def test_a_group_is_stable_only_when_all_of_it_has_been_ready_for_long(reports: list[Path]) -> None:
+    dies_unready = REPORT + "time.sleep(0.3); sys.exit(1)"
+    with supervising(*group_of(reports, READY, dies_unready, READY), together=True, stable_s=0.05) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert [len(pids(report)) for report in reports] == [5, 5, 5]
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_child_that_cannot_be_helped_ends_the_group_for_good(
+    reports: list[Path], place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "_TICK_S", 1.0)  # the ends of all are seen at once
+    hopeless = reports[place]
+    dies_of_it = REPORT + (
+        f"while not os.path.exists({str(hopeless)!r}) or not open({str(hopeless)!r}).read(): time.sleep(0.002)\n"
+        f"stat = '/proc/' + open({str(hopeless)!r}).read().strip() + '/stat'\n"
+        "while open(stat).read().rpartition(')')[2].split()[0] != 'Z': time.sleep(0.002)\n"
+        "sys.exit(1)"
+    )
+    scripts = [dies_of_it, READY, dies_of_it]
+    scripts[place] = HOPELESS
+    with supervising(*group_of(reports, *scripts), together=True) as run:
+        assert run.join() == EXIT_GAVE_UP
+    assert [len(pids(report)) for report in reports] == [1, 1, 1]

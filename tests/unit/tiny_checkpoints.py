@@ -77,9 +77,10 @@ class PagedRun:
         self.model = model
         permutation = torch.randperm(num_seqs * max_blocks, generator=torch.Generator().manual_seed(0))
         self.block_tables = permutation.int().view(num_seqs, max_blocks)
-        cache_shape = (num_seqs * max_blocks, config.num_kv_heads, 2, self.BLOCK_SIZE, config.head_dim)
+        attention = model.attention_config(self.BLOCK_SIZE)
+        cache_shape = (num_seqs * max_blocks, attention.num_kv_heads, 2, self.BLOCK_SIZE, config.head_dim)
         self.kv_caches = [torch.zeros(cache_shape, dtype=dtype) for _ in range(config.num_layers)]
-        self.attention = CpuAttention(model.attention_config(self.BLOCK_SIZE))
+        self.attention = CpuAttention(attention)
         self.context_lens = [0] * num_seqs
 
     @torch.inference_mode()

@@ -2,10 +2,14 @@
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
 from executor_service.layers.cuda import CudaOps
 from executor_service.layers.cuda_attention import TritonAttention
 from executor_service.layers.cuda_attention_libraries import (
@@ -23,6 +27,7 @@ from executor_service.runner.gpu.step_program import PrefillShape, StepProgram
 from executor_service.runner.kv_cache import KVCacheShape, count_blocks
 from executor_service.weights.errors import UnfitSettings
 from kernels.gpu.decode_attention import make_workspace
+from kernels.gpu.sampler_shard import Shard
 
 DEFAULT_MAX_NUM_SEQS = 256
 DEFAULT_MAX_TOKENS_PER_STEP = 8192
@@ -39,9 +44,10 @@ _MARGIN_BYTES = 512 << 20  # for what the driver keeps of each graph
 log = logging.getLogger(__name__)
 
 
-def build_gpu_runner(config: ExecutorConfig) -> GpuRunner:
+def build_gpu_runner(config: ExecutorConfig, group: RankGroup) -> GpuRunner:
     """Load, try the worst step, size the cache, capture. Uses a stream of its own in the calling thread from then on.
 
+    All ranks of the group run the same collectives here, in the same order, so that a rank which raises must end.
     Raises: ModelError, where the model, the settings and the machine do not fit.
     """
     device = torch.device("cuda", torch.cuda.current_device())
@@ -49,7 +55,7 @@ def build_gpu_runner(config: ExecutorConfig) -> GpuRunner:
     _check(config)
     start = time.monotonic()
     try:
-        loaded = load(config, CudaOps(device), DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_TOKENS_PER_STEP)
+        loaded = load(config, group, CudaOps(device), DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_TOKENS_PER_STEP)
     except torch.cuda.OutOfMemoryError as error:
         raise UnfitSettings(f"the weights do not fit {_name(device)}: choose a smaller model") from error
     if loaded.model.config.head_dim not in _HEAD_SIZES:
@@ -81,12 +87,13 @@ def _check(config: ExecutorConfig) -> None:
 
 def _build(loaded: LoadedModel, device: torch.device) -> GpuRunner:
     config, shape, num_blocks = loaded.config, loaded.cache_shape, loaded.config.num_blocks
+    shard = _make_shard(loaded)
     if num_blocks is None:
-        memory_bytes = _free_bytes_in_the_worst_step(loaded, device)
-        num_blocks = count_blocks(
-            shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--gpu-memory-utilization"
+        memory_bytes = _free_bytes_in_the_worst_step(loaded, device, shard)
+        num_blocks = loaded.group.least(
+            count_blocks(shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--gpu-memory-utilization")
         )
-    buffers, rings, program = _make_program(loaded, num_blocks, device)
+    buffers, rings, program = _make_program(loaded, num_blocks, device, shard)
     _run_worst_steps(loaded, program)  # once more where blocks were counted: kernels are compiled now, not at a request
     graphs = StepGraphs(program, loaded.max_num_seqs, loaded.max_tokens_per_step, loaded.max_model_len)
     if _captures(config):
@@ -110,8 +117,23 @@ def _captures(config: ExecutorConfig) -> bool:
     return not config.enforce_eager and config.attention_backend != "torch"
 
 
+def _make_shard(loaded: LoadedModel) -> Shard | None:
+    """Where the ranks choose tokens together; None where this rank has all logits, or must be given them."""
+    model, num_ranks = loaded.model, loaded.group.placement.size
+    vocab_size, span = model.config.vocab_size, model.vocab_span.length
+    memory = loaded.group.peer_memory(Shard.num_words(num_ranks, span, loaded.max_num_seqs))
+    return None if memory is None else Shard.make(vocab_size, span, loaded.max_num_seqs, memory)
+
+
+def _gather_logits(loaded: LoadedModel) -> Callable[[Tensor], Tensor]:
+    """[n, ids of this rank] -> [n, vocab_size]."""
+    span, vocab_size = loaded.model.vocab_span.length, loaded.model.config.vocab_size
+    all_gather = loaded.group.tensor_parallel().all_gather
+    return lambda logits: all_gather(F.pad(logits, (0, span - logits.shape[1])))[:, :vocab_size]
+
+
 def _make_program(
-    loaded: LoadedModel, num_blocks: int, device: torch.device
+    loaded: LoadedModel, num_blocks: int, device: torch.device, shard: Shard | None
 ) -> tuple[DeviceBuffers, StepRings, StepProgram]:
     config, limits = loaded.config, loaded.limits(num_blocks)
     buffers = DeviceBuffers(limits, -(-loaded.max_model_len // config.block_size), device)
@@ -121,7 +143,10 @@ def _make_program(
     kind = _BACKENDS[config.attention_backend]
     backend = kind(attention, buffers.block_tables, loaded.max_model_len, workspace)
     kv_caches = _allocate(loaded.cache_shape, num_blocks, device)
-    return buffers, rings, StepProgram(loaded.model, kv_caches, backend, buffers, rings, config.block_size)
+    arguments = loaded.model, kv_caches, backend, buffers, rings, config.block_size
+    if shard is None and loaded.group.placement.size > 1:
+        return buffers, rings, StepProgram(*arguments, gather_logits=_gather_logits(loaded))
+    return buffers, rings, StepProgram(*arguments, shard=shard)
 
 
 def _allocate(shape: KVCacheShape, num_blocks: int, device: torch.device) -> list[torch.Tensor]:
@@ -140,12 +165,12 @@ def _run_worst_steps(loaded: LoadedModel, program: StepProgram) -> None:
     torch.cuda.current_stream().synchronize()
 
 
-def _free_bytes_in_the_worst_step(loaded: LoadedModel, device: torch.device) -> int:
+def _free_bytes_in_the_worst_step(loaded: LoadedModel, device: torch.device, shard: Shard | None) -> int:
     """Bytes that the settings leave to the KV cache, while the largest steps have all the memory they need.
 
     What the steps needed stays reserved by PyTorch's allocator, which hands it out again.
     """
-    _, _, program = _make_program(loaded, 1, device)
+    _, _, program = _make_program(loaded, 1, device, shard)
     graphs_bytes = 0
     if _captures(loaded.config):
         free_before, _ = torch.cuda.mem_get_info(device)

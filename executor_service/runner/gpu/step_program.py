@@ -1,6 +1,7 @@
 """What the device does in a step, as launches on the current stream. No host value but a shape enters it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from executor_service.runner.gpu.buffers import DeviceBuffers
 from executor_service.runner.gpu.rings import StepRings
 from kernels.gpu import slot_state, step_rings
 from kernels.gpu.sampler import Workspace, sample
+from kernels.gpu.sampler_shard import Shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,10 @@ class PrefillShape:
     has_cached: bool  # whether any chunk's context begins before the chunk
 
 
+def _all(logits: Tensor) -> Tensor:
+    return logits
+
+
 class StepProgram:
     """Reads and writes the buffers; launches the same work whether it is captured or not."""
 
@@ -35,16 +41,23 @@ class StepProgram:
         buffers: DeviceBuffers,
         rings: StepRings,
         block_size: int,
+        shard: Shard | None = None,
+        gather_logits: Callable[[Tensor], Tensor] = _all,
     ) -> None:
-        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]."""
+        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim].
+
+        shard: where the model computes the logits of a part of the vocabulary, and the ranks choose tokens together;
+        otherwise gather_logits turns what it computes into the logits of all tokens.
+        """
         self._model = model
         self._kv_caches = kv_caches
         self._attention = attention
         self._buffers = buffers
         self._rings = rings
         self._block_size = block_size
+        self._gather_logits = gather_logits
         self._sampler = Workspace.empty(
-            len(buffers.rows), model.config.vocab_size, kv_caches[0].dtype, buffers.rows.device
+            len(buffers.rows), model.config.vocab_size, kv_caches[0].dtype, buffers.rows.device, shard=shard
         )
 
     @torch.inference_mode()
@@ -102,6 +115,7 @@ class StepProgram:
 
     def _sample(self, logits: Tensor, row_slots: Tensor, context_lens: Tensor, *, is_decode: bool) -> None:
         buffers = self._buffers
+        logits = self._gather_logits(logits)
         token_ids, logprobs = sample(logits, row_slots, buffers.state, context_lens, self._sampler)
         step_rings.advance(
             token_ids,

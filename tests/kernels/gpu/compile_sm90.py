@@ -21,14 +21,17 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from executor_service.layers.partition import even_span
 from kernels.gpu import (
     activation,
     decode_attention,
     decode_split,
     norm,
+    peer_exchange,
     prefill_attention,
     qk_norm_rope,
     sampler,
+    sampler_shard,
     skinny_linear,
     slot_state,
     step_rings,
@@ -155,6 +158,20 @@ def run_sampler(shape: Shape, dtype: torch.dtype) -> None:
         sampler.sample(logits, ints(batch), state, ints(batch), workspace)
 
 
+def run_peers(shape: Shape, dtype: torch.dtype) -> None:
+    """What ranks run together, for the last rank of a small and of a large group."""
+    state = ints(slot_state.NUM_FIELDS.value, NUM_SLOTS)
+    for num_ranks, batches in ((2, (1, 32, 256)), (8, (32,))):
+        span = even_span(shape.vocab_size, num_ranks - 1, num_ranks, 4096)
+        memory = peer_exchange.PeerMemory(num_ranks - 1, torch.empty(num_ranks, dtype=torch.int64), 2**20)
+        peer_exchange.OneShotAllReduce.make(memory).all_reduce(torch.empty(8, shape.hidden_size, dtype=dtype))
+        shard = sampler_shard.Shard.make(shape.vocab_size, span.length, 256, memory)
+        workspace = sampler.Workspace.empty(256, shape.vocab_size, dtype, CPU, shard=shard)
+        for batch in batches:
+            logits = torch.empty(batch, span.stop - span.start, dtype=dtype)
+            sampler.sample(logits, ints(batch), state, ints(batch), workspace)
+
+
 def run_step(shape: Shape, dtype: torch.dtype) -> None:
     """The kernels of slot state and rings, which do not know the model's dtype."""
     state, tables, stops = ints(slot_state.NUM_FIELDS.value, NUM_SLOTS), ints(NUM_SLOTS, MAX_BLOCKS), ints(NUM_SLOTS, 8)
@@ -173,7 +190,14 @@ def run_step(shape: Shape, dtype: torch.dtype) -> None:
             )
 
 
-RUNS: list[Callable[[Shape, torch.dtype], None]] = [run_elementwise, run_linear, run_attention, run_sampler, run_step]
+RUNS: list[Callable[[Shape, torch.dtype], None]] = [
+    run_elementwise,
+    run_linear,
+    run_attention,
+    run_sampler,
+    run_peers,
+    run_step,
+]
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -13,6 +13,8 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from executor_service.config import ExecutorConfig
+from executor_service.distributed.group import RankGroup
+from executor_service.distributed.placement import Placement
 from executor_service.layers.cuda import CudaOps
 from executor_service.layers.cuda_attention import TritonAttention
 from executor_service.plan import InvalidPlan, NewSequence, Plan, Sampling
@@ -66,7 +68,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> ExecutorConfig:
 
 @pytest.fixture
 def runner(settings: ExecutorConfig, device: torch.device) -> GpuRunner:
-    loaded = load(settings, CudaOps(device), 1, 1)
+    loaded = load(settings, RankGroup(Placement(), device), CudaOps(device), 1, 1)
     limits = loaded.limits(NUM_BLOCKS)
     buffers = gpu_buffers.DeviceBuffers(limits, MAX_MODEL_LEN // BLOCK_SIZE, device)
     rings = StepRings(NUM_SLOTS)
@@ -85,7 +87,7 @@ def runner(settings: ExecutorConfig, device: torch.device) -> GpuRunner:
 @pytest.fixture
 def oracle(settings: ExecutorConfig) -> Iterator[Runner]:
     before = torch.get_num_threads()
-    yield build_cpu_runner(settings)
+    yield build_cpu_runner(settings, RankGroup(Placement(), torch.device("cpu")))
     torch.set_num_threads(before)
 
 
@@ -187,7 +189,7 @@ def test_a_slot_without_finite_logits_fails_alone_and_its_blocks_harm_nobody(run
     """Its blocks hold NaN afterwards; the next holder of them must not see it."""
     good = [plan(1, [sequence(1, PROMPTS[0], [2])], **chunk([1], [0], [5], [1])), plan(2, [], 2, join_slots=[1])]
     expected = [o.token_ids.tolist() for o in run(oracle, good)]
-    embedding = runner._graphs._program._model._embedding.weight
+    embedding = runner._graphs._program._model._embedding._weight
     spoiled = embedding[149].clone()
     embedding[149] = torch.nan
     outputs = run(runner, [
