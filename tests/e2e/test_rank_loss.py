@@ -179,21 +179,27 @@ def wait_until_all_are_ready(service: "subprocess.Popen[str]") -> str:
     return f"127.0.0.1:{port}"
 
 
+@pytest.fixture
+def own_model(tiny_model: Path, tmp_path: Path) -> Path:
+    """A model that no other service runs, by which processes are told apart."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
 @pytest.mark.parametrize("is_ready", [False, True])
-def test_no_rank_outlives_a_killed_service(tiny_model: Path, is_ready: bool) -> None:
-    with running_service(tiny_model) as service:
-        wait_until(lambda: len(descendants("executor_service.rank", str(tiny_model))) == RANKS)
-        ranks = descendants("executor_service.rank", str(tiny_model))
+def test_no_rank_outlives_a_killed_service(own_model: Path, is_ready: bool) -> None:
+    with running_service(own_model) as service:
+        wait_until(lambda: len(descendants("executor_service.rank", str(own_model))) == RANKS)
+        ranks = descendants("executor_service.rank", str(own_model))
         if is_ready:
             wait_until_all_are_ready(service)
         service.kill()
         wait_until(lambda: not any(is_alive(pid) for pid in ranks))
 
 
-def test_a_service_that_is_told_to_stop_ends_all_ranks_in_good_order(tiny_model: Path) -> None:
-    with running_service(tiny_model) as service:
+def test_a_service_that_is_told_to_stop_ends_all_ranks_in_good_order(own_model: Path) -> None:
+    with running_service(own_model) as service:
         address = wait_until_all_are_ready(service)
-        ranks = descendants("executor_service.rank", str(tiny_model))
+        ranks = descendants("executor_service.rank", str(own_model))
         with pytest.raises(grpc.RpcError, match="the executor is stopping"):
             run_session(address, num_tokens=100, on_result=service.terminate)  # the plan at work needs all ranks
         _, said = service.communicate(timeout=PATIENCE_S)

@@ -211,8 +211,8 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {"registers": numbers["REG"], "spilled": numbers["STACK"] + numbers["LOCAL"]}
 
 
-def variants() -> Iterator[dict[str, Any]]:
-    """Every variant once: {kernel, run, shape, dtype, seconds, shared, registers, spilled}."""
+def variants(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every variant of a dtype once: {kernel, run, shape, dtype, seconds, shared, registers, spilled}."""
     launched: list[tuple[str, Any, float]] = []
     seen: set[int] = set()
     original = JITFunction.run
@@ -226,26 +226,25 @@ def variants() -> Iterator[dict[str, Any]]:
     driver.set_active(Sm90Driver())  # pyright: ignore[reportArgumentType]
     JITFunction.run = compile_only
     for shape in SHAPES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for run in RUNS:
-                launched.clear()
-                run(shape, dtype)
-                for name, kernel, seconds in launched:
-                    if id(kernel) in seen:
-                        continue
-                    seen.add(id(kernel))
-                    yield {
-                        "kernel": name,
-                        "run": run.__name__,
-                        "shape": shape.name,
-                        "dtype": str(dtype),
-                        "seconds": round(seconds, 2),
-                        "shared": kernel.metadata.shared,
-                        **resources(kernel.asm["cubin"]),
-                    }
+        for run in RUNS:
+            launched.clear()
+            run(shape, dtype)
+            for name, kernel, seconds in launched:
+                if id(kernel) in seen:
+                    continue
+                seen.add(id(kernel))
+                yield {
+                    "kernel": name,
+                    "run": run.__name__,
+                    "shape": shape.name,
+                    "dtype": str(dtype),
+                    "seconds": round(seconds, 2),
+                    "shared": kernel.metadata.shared,
+                    **resources(kernel.asm["cubin"]),
+                }
 
 
 if __name__ == "__main__":
-    for variant in variants():
+    for variant in variants(getattr(torch, sys.argv[1])):
         sys.stdout.write(json.dumps(variant) + "\n")
         sys.stdout.flush()

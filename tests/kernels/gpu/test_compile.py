@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ MAX_SHARED = 227 * 1024  # bytes a program may have on sm_90
 
 @pytest.fixture(scope="module")
 def variants() -> list[dict[str, Any]]:
-    """What compile_sm90 says; in a process of its own, since this one may interpret kernels."""
+    """What compile_sm90 says, side by side for two dtypes; in processes of their own, since this may interpret."""
+    with ThreadPoolExecutor() as threads:
+        return [variant for dtype in threads.map(compiled, ("bfloat16", "float32")) for variant in dtype]
+
+
+def compiled(dtype: str) -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.kernels.gpu.compile_sm90"]
+    command = [sys.executable, "-m", "tests.kernels.gpu.compile_sm90", dtype]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]

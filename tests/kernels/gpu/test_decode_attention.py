@@ -64,7 +64,7 @@ def test_ragged_batch_matches_oracle(device, dtype, num_programs, block_size, gr
 
 
 @pytest.mark.parametrize("max_items", [0, 40], ids=["equal shares", "parts"])
-@pytest.mark.parametrize("num_programs", [*range(1, 9), 40])
+@pytest.mark.parametrize("num_programs", [1, 2, 3, 5, 8, 40])
 @pytest.mark.parametrize("lengths", [[300], [16, 1, 40], [5, 200, 0, 33]], ids=str)
 def test_any_split_gives_the_same_result(device, num_programs, lengths, max_items):
     shape = Shape(num_kv_heads=3, group=3)
