@@ -2,11 +2,13 @@
 
 usage: torchrun --nproc-per-node N -m benchmarks.gpu.all_reduce [--write] [--json FILE] [--plot FILE]
 
-Times are those of a call in a CUDA graph of 20, the slowest rank's. --write puts what the executor shall use into the
-table that it reads. PyTorch's kernel is for comparison: it sums bfloat16 in bfloat16, behind two barriers.
+Times are those of a call in a CUDA graph of 20, the slowest rank's; "norm" ones are of rows of 4,096 bfloat16, with the
+residual's addition and the norm that follow in a decoder layer. --write puts what the executor shall use into the table
+that it reads. PyTorch's kernel is for comparison: it sums bfloat16 in bfloat16, behind two barriers.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 from collections.abc import Callable
@@ -23,10 +25,16 @@ from benchmarks.gpu.timing import time_graph
 from executor_service.distributed.gpu_collectives import TABLE, table_key
 from executor_service.distributed.group import RankGroup
 from executor_service.distributed.placement import Placement
-from kernels.gpu.peer_exchange import OneShotAllReduce
+from kernels.gpu.norm import add_rms_norm
+from kernels.gpu.peer_all_reduce import AllReduceLimits, PeerAllReduce
 
 SIZES = [2 << (10 + step) for step in range(14)]  # bytes: 2 KiB to 16 MiB
-MAX_ONE_SHOT_BYTES = 4 << 20
+MAX_PEER_BYTES = 4 << 20
+ROW_SIZE = 4096  # of Qwen3-8B
+WAYS = {
+    "one-shot": AllReduceLimits(MAX_PEER_BYTES, MAX_PEER_BYTES, 0),
+    "two-shot": AllReduceLimits(0, 0, MAX_PEER_BYTES),
+}
 COPY_BYTES = 256 << 20
 TORCH_GROUP_SIZES = (2, 4, 8)  # in others its ranks sum in different orders
 
@@ -40,10 +48,11 @@ class Bench:
         torch.cuda.set_device(self.device)
         torch.cuda.set_stream(torch.cuda.Stream(self.device))
         self.group = RankGroup(self.placement, self.device)
-        num_words = OneShotAllReduce.num_words(self.placement.size, MAX_ONE_SHOT_BYTES)
-        memory = self.group.peer_memory(num_words)
-        self.one_shot = memory and OneShotAllReduce.make(memory)
-        self.shared, self.handle = self._share(COPY_BYTES) if memory else (None, None)
+        self.ways: dict[str, PeerAllReduce] = {}
+        for name, limits in WAYS.items():
+            if memory := self.group.peer_memory(PeerAllReduce.num_words(self.placement.size, limits)):
+                self.ways[name] = PeerAllReduce.make(memory, limits)
+        self.shared, self.handle = self._share(COPY_BYTES) if self.ways else (None, None)
         torch.cuda.synchronize()
 
     def _share(self, num_bytes: int) -> tuple[Tensor, Any]:
@@ -60,8 +69,8 @@ class Bench:
     def candidates(self, num_bytes: int) -> dict[str, Callable[[Tensor], Tensor]]:
         """All-reduces of tensors of so many bytes, which may overwrite their argument."""
         found: dict[str, Callable[[Tensor], Tensor]] = {"nccl": _nccl}
-        if self.one_shot is not None and num_bytes <= MAX_ONE_SHOT_BYTES:
-            found["one-shot"] = self.one_shot.all_reduce
+        if self.ways and num_bytes <= MAX_PEER_BYTES:
+            found["one-shot"] = self.ways["one-shot"].all_reduce
             if self.placement.size in TORCH_GROUP_SIZES:
                 found["torch"] = self._torch
         return found
@@ -70,6 +79,20 @@ class Bench:
         assert self.shared is not None
         part = self.shared[: x.numel()].copy_(x)
         return torch.ops.symm_mem.one_shot_all_reduce_out(part, "sum", _group_name(), torch.empty_like(x))
+
+    def norm_times(self, num_bytes: int) -> dict[str, float]:
+        """Microseconds of each way to sum rows and take their norm; nothing below a row and above the largest size."""
+        if not 2 * ROW_SIZE <= num_bytes <= MAX_PEER_BYTES:
+            return {}
+        size = (num_bytes // (2 * ROW_SIZE), ROW_SIZE)
+        x, residual, weight = (torch.full(size, 2.0**-100, dtype=torch.bfloat16, device=self.device) for _ in range(3))
+        launches: dict[str, Callable[[], object]] = {
+            "nccl, norm": lambda: add_rms_norm(_nccl(x), residual, weight[0], 1e-6)
+        }
+        for name, way in self.ways.items():
+            launches[f"{name} norm"] = lambda way=way: way.all_reduce_norm(x, residual, weight[0], 1e-6)
+        torch.cuda.synchronize()
+        return {name: round(self.time(launch) * 1e6, 2) for name, launch in launches.items()}
 
     def check(self, all_reduce: Callable[[Tensor], Tensor], num_bytes: int) -> str:
         """ok, or what is wrong with the results: the sum of all ranks, the same bits on all of them."""
@@ -119,9 +142,9 @@ class Bench:
                 row[name] = round(self.time(lambda f=all_reduce, x=x: f(x)) * 1e6, 2)
                 if verdict != "ok":
                     row[f"{name} is"] = verdict
-            rows.append(row)
+            rows.append(row | self.norm_times(num_bytes))
             if self.placement.rank == 0:
-                print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+                print(", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
         return rows
 
 
@@ -135,14 +158,23 @@ def _nccl(x: Tensor) -> Tensor:
     return x
 
 
-def limit(rows: list[dict[str, Any]]) -> int:
-    """Bytes up to which our exchange is always right and no slower than NCCL."""
-    best = 0
-    for row in rows:
-        if "one-shot" not in row or "one-shot is" in row or row["one-shot"] > row["nccl"]:
-            break
-        best = row["bytes"]
-    return best
+def limits(rows: list[dict[str, Any]]) -> AllReduceLimits:
+    """What our exchange is used for: up to where it is always right and no slower than the next way."""
+    is_right = not any("one-shot is" in row for row in rows)
+
+    def up_to(name: str, others: list[str]) -> int:
+        best = 0
+        for row in rows:
+            if name in row and min(row[other] for other in others) < row[name]:
+                break
+            best = row["bytes"] if name in row and is_right else best
+        return best
+
+    return AllReduceLimits(
+        one_shot=up_to("one-shot", ["nccl"]),
+        norm_one_shot=up_to("one-shot norm", ["two-shot norm", "nccl, norm"]),
+        norm_two_shot=up_to("two-shot norm", ["nccl, norm"]),
+    )
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -150,7 +182,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
-    for name in ("nccl", "one-shot", "torch"):
+    for name in ("nccl", "one-shot", "torch", "nccl, norm", "one-shot norm", "two-shot norm"):
         points = [(row["bytes"] / 1024, row[name]) for row in rows if name in row]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
@@ -177,9 +209,9 @@ def main() -> None:
     if is_first:
         for name, rate in rates.items():
             print(f"writes to a peer's memory, {name}: {rate:.0f} GB/s")
-        print(f"one-shot up to {limit(rows) >> 10} KiB", flush=True)
+        print(limits(rows), flush=True)
         if args.write:
-            table = json.loads(TABLE.read_text()) | {key: limit(rows)}
+            table = json.loads(TABLE.read_text()) | {key: dataclasses.asdict(limits(rows))}
             TABLE.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
         if args.json:
             args.json.write_text(json.dumps({"group": key, "GB/s": rates, "rows": rows}, indent=2) + "\n")

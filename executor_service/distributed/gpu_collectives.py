@@ -17,10 +17,11 @@ from torch import Tensor
 from torch._C._distributed_c10d import _SymmetricMemory
 
 from executor_service.distributed.placement import Placement
-from kernels.gpu.peer_exchange import OneShotAllReduce, PeerMemory
+from kernels.gpu.peer_all_reduce import AllReduceLimits, PeerAllReduce
+from kernels.gpu.peer_exchange import PeerMemory
 
 TABLE = Path(__file__).parent / "all_reduce_table.json"  # benchmarks/gpu/all_reduce.py writes it
-_DEFAULT_BYTES = 512 << 10
+_DEFAULT_LIMITS = AllReduceLimits(one_shot=512 << 10, norm_one_shot=512 << 10, norm_two_shot=0)
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,14 @@ def table_key(device_name: str, num_ranks: int) -> str:
     return f"{device_name} x{num_ranks}"
 
 
-def one_shot_bytes(device_name: str, num_ranks: int) -> int:
-    """The largest tensors that are summed through peer memory; the table is committed, so that ranks never differ."""
-    return _table().get(table_key(device_name, num_ranks), _DEFAULT_BYTES)
+def all_reduce_limits(device_name: str, num_ranks: int) -> AllReduceLimits:
+    """What is summed through peer memory; the table is committed, so that ranks never differ."""
+    entry = _table().get(table_key(device_name, num_ranks))
+    return AllReduceLimits(**entry) if entry else _DEFAULT_LIMITS
 
 
 @functools.cache
-def _table() -> dict[str, int]:
+def _table() -> dict[str, dict[str, int]]:
     return json.loads(TABLE.read_text())
 
 
@@ -49,14 +51,14 @@ class GpuCollectives:
         self._device = device
         self._least = least
         self._allocations: list[Any] = []  # what other ranks address lives as long as this
-        self._one_shot: OneShotAllReduce | None = None
+        self._through_peers: PeerAllReduce | None = None
         dist.all_reduce(torch.zeros(1, device=device))  # connects, which must not happen in a capture
         torch.cuda.current_stream().synchronize()
         self.has_peer_memory = bool(least(int(_reaches_all(placement, device))))
-        max_bytes = one_shot_bytes(torch.cuda.get_device_name(device), placement.size)
-        if memory := self.allocate(OneShotAllReduce.num_words(placement.size, max_bytes)):
-            self._one_shot = OneShotAllReduce.make(memory)
-            log.info("all-reduce: through peer memory up to %d KiB, NCCL above", max_bytes >> 10)
+        limits = all_reduce_limits(torch.cuda.get_device_name(device), placement.size)
+        if memory := self.allocate(PeerAllReduce.num_words(placement.size, limits)):
+            self._through_peers = PeerAllReduce.make(memory, limits)
+            log.info("all-reduce: through peer memory up to %d KiB, NCCL above", limits.most >> 10)
             torch.cuda.current_stream().synchronize()  # whoever calls later may do so on another stream
         else:
             log.warning("all-reduce: NCCL alone, since the ranks do not reach each other's memory")
@@ -87,12 +89,24 @@ class GpuCollectives:
         assert not any(address % 16 for address in addresses)
         return PeerMemory(rank, torch.tensor(addresses, dtype=torch.int64, device=self._device), num_words)
 
+    def all_reduce_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor | None:
+        """See AllReduceNorm of layers/parallel.py."""
+        if self._through_peers is None or not self._through_peers.takes_rows(x):
+            return None
+        return self._through_peers.all_reduce_norm(x, residual, weight, eps)
+
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over ranks, in place, the same bits on all of them."""
-        if self._one_shot is not None and self._one_shot.takes(x):
-            return self._one_shot.all_reduce(x)
+        if self._through_peers is not None and self._through_peers.takes(x):
+            return self._through_peers.all_reduce(x)
         dist.all_reduce(x)
         return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """[n, k], the same on all ranks -> [n, k * ranks], in rank order; every dtype."""
+        gathered = x.new_empty((self._placement.size, *x.shape))
+        dist.all_gather_into_tensor(gathered, x.contiguous())
+        return gathered.transpose(0, 1).flatten(1)
 
 
 def _reaches_all(placement: Placement, device: torch.device) -> bool:

@@ -53,19 +53,22 @@ class RankGroup:
         """This rank's place in the model, with collectives over the memory where it computes."""
         if self.placement.size == 1:
             return TensorParallel()
-        all_reduce = _all_reduce if self._gpus is None else self._gpus.all_reduce
-        return TensorParallel(self.placement.rank, self.placement.size, all_reduce, self._all_gather)
+        rank, size = self.placement.rank, self.placement.size
+        if self._gpus is None:
+            return TensorParallel(rank, size, _all_reduce, all_gather=_all_gather)
+        return TensorParallel(rank, size, self._gpus.all_reduce, self._gpus.all_reduce_norm, self._gpus.all_gather)
 
     def peer_memory(self, num_words: int) -> "PeerMemory | None":
         """Memory that the GPUs of all ranks address; None, on every rank, where they cannot or there is one rank."""
         return None if self._gpus is None else self._gpus.allocate(num_words)
 
-    def _all_gather(self, x: Tensor) -> Tensor:
-        parts = [torch.empty_like(x) for _ in range(self.placement.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=1)
-
 
 def _all_reduce(x: Tensor) -> Tensor:
     dist.all_reduce(x)
     return x
+
+
+def _all_gather(x: Tensor) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=1)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from executor_service.layers.attention import Attend, AttentionConfig, DecodeMetadata, HeadParameters, PrefillMetadata
 from executor_service.layers.device import Linear
+from executor_service.layers.parallel import TensorParallel
 from executor_service.layers.rotary import rotation_factors
 from kernels import cpu, cpu_attention
 
@@ -15,6 +16,10 @@ class CpuOps:
     """See DeviceOps."""
 
     device = torch.device("cpu")
+
+    def __init__(self, parallel: TensorParallel | None = None) -> None:
+        """parallel: None for one rank."""
+        self._parallel = parallel or TensorParallel()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Packs the weight for oneDNN."""
@@ -26,7 +31,7 @@ class CpuOps:
         """See DeviceOps."""
         if x is None:
             return linear(cpu.rms_norm(residual, weight, eps)), residual
-        return linear(cpu.add_rms_norm(x, residual, weight, eps)), residual
+        return linear(cpu.add_rms_norm(self._parallel.all_reduce(x), residual, weight, eps)), residual
 
     def norm_gate_up(
         self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from executor_service.layers.device import Linear
+from executor_service.layers.parallel import TensorParallel
 from kernels.gpu import skinny_linear
 from kernels.gpu.activation import silu_and_mul
 from kernels.gpu.linear_choice import CUBLAS, Choice, choose
@@ -41,8 +42,10 @@ class CudaLinear:
 class CudaOps:
     """See DeviceOps."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, parallel: TensorParallel | None = None) -> None:
+        """parallel: None for one rank."""
         self.device = device
+        self._parallel = parallel or TensorParallel()
         self._capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
@@ -55,9 +58,9 @@ class CudaOps:
         """See DeviceOps."""
         assert isinstance(linear, CudaLinear)
         choice = linear.choice("norm_linear", residual)
-        if choice.fuses_norm:
+        if choice.fuses_norm and self._parallel.size == 1:  # several ranks have the norm in their all-reduce
             return skinny_linear.add_norm_linear(x, residual, weight, eps, linear.weight, linear.bias, choice.config)
-        return linear.run(_norm(x, residual, weight, eps), choice), residual
+        return linear.run(self._norm(x, residual, weight, eps), choice), residual
 
     def norm_gate_up(
         self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
@@ -65,13 +68,18 @@ class CudaOps:
         """See DeviceOps."""
         assert isinstance(linear, CudaLinear)
         choice = linear.choice("norm_gate_up", residual)
-        if choice.fuses_norm:
+        if choice.fuses_norm and self._parallel.size == 1:  # several ranks have the norm in their all-reduce
             return skinny_linear.add_norm_gate_up(x, residual, weight, eps, linear.weight, linear.bias, choice.config)
-        normed = _norm(x, residual, weight, eps)
+        normed = self._norm(x, residual, weight, eps)
         if choice.config is None:
             return silu_and_mul(linear.run(normed, choice)), residual
         return skinny_linear.gate_up(normed, linear.weight, linear.bias, choice.config), residual
 
-
-def _norm(x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(residual, weight, eps) if x is None else add_rms_norm(x, residual, weight, eps)
+    def _norm(self, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        if x is None:
+            return rms_norm(residual, weight, eps)
+        if self._parallel.all_reduce_norm is not None:
+            normed = self._parallel.all_reduce_norm(x, residual, weight, eps)
+            if normed is not None:
+                return normed
+        return add_rms_norm(self._parallel.all_reduce(x), residual, weight, eps)

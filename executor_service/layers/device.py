@@ -28,9 +28,10 @@ class DeviceOps(Protocol):
     def norm_linear(
         self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        """The linear layer of the norm of x + residual, and that sum; x: [num_tokens, hidden_size], None for zero.
+        """The linear layer of the norm of residual + the sum of x over ranks, and that sum.
 
-        residual may be overwritten. weight: [hidden_size], of the norm.
+        x: [num_tokens, hidden_size], this rank's share, None for zero; weight: [hidden_size], of the norm. Both x and
+        residual may be overwritten.
         """
         ...
 

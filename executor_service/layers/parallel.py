@@ -1,7 +1,8 @@
 """Linear layers and embeddings, cut over the ranks of a tensor-parallel group as in Megatron-LM (arXiv:1909.08053).
 
 Each constructor reads its rank's part of the weights. Column-parallel layers produce a rank's own outputs, and
-row-parallel layers take them and sum over ranks, so that a block of two needs one all-reduce.
+row-parallel layers turn them into a rank's share of a sum over ranks, so that a block of two needs one all-reduce; the
+device does it together with the norm that follows: see DeviceOps.
 """
 
 import dataclasses
@@ -21,6 +22,11 @@ def _alone(x: Tensor) -> Tensor:
     return x
 
 
+# (x, residual, weight, eps): residual += the sum of x over ranks; its RMS norm is returned, or None, and nothing has
+# changed, where the kernel does not take x. x, residual: [n, size]; weight: [size].
+AllReduceNorm = Callable[[Tensor, Tensor, Tensor, float], Tensor | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class TensorParallel:
     """This rank's place in its group, and the group's collectives; the default is a group of one."""
@@ -28,6 +34,7 @@ class TensorParallel:
     rank: int = 0
     size: int = 1
     all_reduce: Callable[[Tensor], Tensor] = _alone  # sum over ranks, same shape; the argument may be overwritten
+    all_reduce_norm: AllReduceNorm | None = None  # of a device that has a kernel for both
     all_gather: Callable[[Tensor], Tensor] = _alone  # [n, k], the same k on all ranks -> [n, k * ranks], in rank order
     shards_embedding: bool = False  # the embedding is cut too: less memory, one more all-reduce a step
 
@@ -107,7 +114,7 @@ def _take_packed(
 
 
 class RowParallelLinear:
-    """A linear layer cut along its inputs; [n, inputs of this rank] -> [n, out], summed over ranks."""
+    """A linear layer cut along its inputs; [n, inputs of this rank] -> [n, out], a share of the sum over ranks."""
 
     def __init__(
         self, context: LayerContext, name: str, in_features: int, out_features: int, span: Span, *, bias: bool
@@ -116,12 +123,7 @@ class RowParallelLinear:
         weight = context.weights.take(f"{name}.weight", (out_features, in_features), span, dim=1)
         full_bias = context.weights.take(f"{name}.bias", (out_features,)) if bias else None
         # The bias must enter the sum over ranks once.
-        self._linear = context.ops.linear(weight, full_bias if context.parallel.rank == 0 else None)
-        self._all_reduce = context.parallel.all_reduce
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x: [n, inputs of this rank]."""
-        return self._all_reduce(self._linear(x))
+        self.linear = context.ops.linear(weight, full_bias if context.parallel.rank == 0 else None)
 
 
 class Embedding:

@@ -61,7 +61,7 @@ class _Attention:
     ) -> tuple[Tensor, Tensor]:
         """See _DecoderLayer; norm: [hidden_size], of what stands before."""
         qkv, residual = self._ops.norm_linear(self._qkv.linear, x, residual, norm, self._eps)
-        return self._output(attend(qkv, self._parameters, kv_cache)), residual
+        return self._output.linear(attend(qkv, self._parameters, kv_cache)), residual
 
 
 class _DecoderLayer:
@@ -90,15 +90,18 @@ class _DecoderLayer:
         )
 
     def __call__(self, x: Tensor | None, residual: Tensor, kv_cache: Tensor, attend: Attend) -> tuple[Tensor, Tensor]:
-        """Take and return (x, residual), whose sum is the hidden state: [n, hidden_size] each; x None: zero."""
+        """Take and return (x, residual), [n, hidden_size] each, which sum up to the hidden state over all ranks' x.
+
+        x None: zero.
+        """
         x, residual = self._attention(x, residual, self._input_norm, kv_cache, attend)
         x, residual = self._ops.norm_gate_up(self._gate_up.linear, x, residual, self._post_attention_norm, self._eps)
-        return self._down(x), residual
+        return self._down.linear(x), residual
 
 
 @dataclasses.dataclass(frozen=True)
 class Hidden:
-    """What the last layer leaves; the sum of both is still to be normalized."""
+    """What the last layer leaves; the sum of residual and of all ranks' x is still to be normalized."""
 
     x: Tensor  # [n, hidden_size]
     residual: Tensor  # [n, hidden_size]

@@ -41,7 +41,7 @@ def build_cpu_runner(config: ExecutorConfig, group: RankGroup) -> "CpuRunner":
     local_ranks = group.placement.local_size
     num_cores = max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(num_cores if config.num_threads is None else config.num_threads)
-    loaded = load(config, group, CpuOps(), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
+    loaded = load(config, group, CpuOps(group.tensor_parallel()), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
     shape, num_blocks = loaded.cache_shape, config.num_blocks
     if num_blocks is None:
         memory_bytes = int(available_memory_bytes() * config.memory_utilization / local_ranks)

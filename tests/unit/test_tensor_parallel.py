@@ -44,8 +44,9 @@ def logits_over_ranks(directory: Path, num_ranks: int, **options: Any) -> Tensor
     group = ThreadGroup(num_ranks)
 
     def rank_main(rank: int) -> Tensor:
-        parallel = TensorParallel(rank, num_ranks, group.all_reduce(rank), group.all_gather(rank), **options)
-        return logits_of(load_model(directory, dtype=torch.float32, device_ops=CpuOps(), parallel=parallel))
+        collectives = {"all_reduce": group.all_reduce(rank), "all_gather": group.all_gather(rank)}
+        parallel = TensorParallel(rank, num_ranks, **collectives, **options)
+        return logits_of(load_model(directory, dtype=torch.float32, device_ops=CpuOps(parallel), parallel=parallel))
 
     return torch.cat(group.run(rank_main), dim=1)
 

@@ -55,7 +55,8 @@ def build_gpu_runner(config: ExecutorConfig, group: RankGroup) -> GpuRunner:
     _check(config)
     start = time.monotonic()
     try:
-        loaded = load(config, group, CudaOps(device), DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_TOKENS_PER_STEP)
+        ops = CudaOps(device, group.tensor_parallel())
+        loaded = load(config, group, ops, DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_TOKENS_PER_STEP)
     except torch.cuda.OutOfMemoryError as error:
         raise UnfitSettings(f"the weights do not fit {_name(device)}: choose a smaller model") from error
     if loaded.model.config.head_dim not in _HEAD_SIZES:

@@ -27,6 +27,7 @@ from kernels.gpu import (
     decode_attention,
     decode_split,
     norm,
+    peer_all_reduce,
     peer_exchange,
     prefill_attention,
     qk_norm_rope,
@@ -164,7 +165,13 @@ def run_peers(shape: Shape, dtype: torch.dtype) -> None:
     for num_ranks, batches in ((2, (1, 32, 256)), (8, (32,))):
         span = even_span(shape.vocab_size, num_ranks - 1, num_ranks, 4096)
         memory = peer_exchange.PeerMemory(num_ranks - 1, torch.empty(num_ranks, dtype=torch.int64), 2**20)
-        peer_exchange.OneShotAllReduce.make(memory).all_reduce(torch.empty(8, shape.hidden_size, dtype=dtype))
+        x, residual = (torch.empty(8, shape.hidden_size, dtype=dtype) for _ in range(2))
+        for norm_one_shot in (16384, 0):
+            limits = peer_all_reduce.AllReduceLimits(65536, norm_one_shot, 16384)
+            all_reduce = peer_all_reduce.PeerAllReduce.make(memory, limits)
+            all_reduce.all_reduce(x)
+            if all_reduce.takes_rows(x):
+                all_reduce.all_reduce_norm(x, residual, residual[0], 1e-6)
         shard = sampler_shard.Shard.make(shape.vocab_size, span.length, 256, memory)
         workspace = sampler.Workspace.empty(256, shape.vocab_size, dtype, CPU, shard=shard)
         for batch in batches:

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.gpu.peer_exchange import OneShotAllReduce, PeerMemory
+from kernels import reference
+from kernels.gpu.peer_all_reduce import AllReduceLimits, PeerAllReduce
+from kernels.gpu.peer_exchange import PeerMemory
 from kernels.gpu.sampler import Tuning, Workspace, sample
 from kernels.gpu.sampler_shard import Shard
 from kernels.gpu.step_rings import FAILED
@@ -19,6 +21,9 @@ from tests.kernels.gpu.test_gpu_sampler import ROWS, SMALL, by_reference, make_l
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.timeout(300)]
 VOCAB_SIZE = 900
 NUM_RANKS = 2
+LIMITS = AllReduceLimits(one_shot=64 << 10, norm_one_shot=16 << 10, norm_two_shot=64 << 10)
+ROW_SIZES = ((1, 1024), (9, 2048), (2, 3072), (5, 1024), (3, 4096), (7, 3072), (2, 4096))  # by one shot and by two
+EPS = 1e-6
 SIZES = ((2, 64), (9, 300), (1, 2), (40, 260), (3, 1024))  # in an order that uses blocks more and less often
 
 
@@ -31,16 +36,52 @@ class AllReduce:
 
     @property
     def num_words(self) -> int:
-        return OneShotAllReduce.num_words(self.num_ranks, 64 << 10)
+        return PeerAllReduce.num_words(self.num_ranks, LIMITS)
 
     def inputs(self, rank: int) -> list[Tensor]:
         generator = torch.Generator().manual_seed(rank)
         return [torch.randn(size, generator=generator).to(self.dtype) for size in SIZES]
 
     def prepare(self, memory: PeerMemory) -> Callable[[], list[Tensor]]:
-        one_shot = OneShotAllReduce.make(memory)
+        through_peers = PeerAllReduce.make(memory, LIMITS)
         inputs = [x.to(memory.addresses.device) for x in self.inputs(memory.rank)]
-        return lambda: [one_shot.all_reduce(x) for x in inputs]
+        return lambda: [through_peers.all_reduce(x) for x in inputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class AllReduceNorm:
+    """Sums with a residual and their norms, between other sums, which use the same blocks more or less often."""
+
+    num_ranks: int = NUM_RANKS
+
+    @property
+    def num_words(self) -> int:
+        return PeerAllReduce.num_words(self.num_ranks, LIMITS)
+
+    def inputs(self, rank: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """x, residual and weight; the latter two are the same on all ranks."""
+        own, shared = torch.Generator().manual_seed(rank), torch.Generator().manual_seed(100)
+        return [
+            (
+                torch.randn(size, generator=own).bfloat16(),
+                torch.randn(size, generator=shared).bfloat16(),
+                torch.randn(size[1], generator=shared).bfloat16(),
+            )
+            for size in ROW_SIZES
+        ]
+
+    def prepare(self, memory: PeerMemory) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+        through_peers, device = PeerAllReduce.make(memory, LIMITS), memory.addresses.device
+        inputs = [tuple(part.to(device) for part in parts) for parts in self.inputs(memory.rank)]
+
+        def launch() -> list[tuple[Tensor, Tensor]]:
+            results = []
+            for x, residual, weight in inputs:
+                results.append((through_peers.all_reduce_norm(x, residual, weight, EPS), residual))
+                through_peers.all_reduce(x[:1].clone())
+            return results
+
+        return launch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +171,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"{num_gpus} GPUs")
     samples = [*SAMPLES, *(REAL if num_gpus else [])]
     num_ranks = 2 if place == "gpus" and num_gpus == 2 else 3  # of two the order does not show
-    all_reduces = [dataclasses.replace(case, num_ranks=num_ranks) for case in ALL_REDUCES]
+    all_reduces = [dataclasses.replace(case, num_ranks=num_ranks) for case in (*ALL_REDUCES, AllReduceNorm())]
     found = {}
     for cases in (samples, all_reduces):
         directory: Path = tmp_path_factory.mktemp("ranks")
@@ -139,7 +180,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def cases_keys(cases) -> list[str]:
-    return [case.name if isinstance(case, Sample) else str(case.dtype) for case in cases]
+    return [case.name if isinstance(case, Sample) else str(getattr(case, "dtype", "norm")) for case in cases]
 
 
 @pytest.mark.parametrize("case", [*SAMPLES, *REAL], ids=cases_keys([*SAMPLES, *REAL]))
@@ -177,12 +218,43 @@ def test_all_reduce_sums_in_float32_and_in_the_order_of_ranks(case: AllReduce, r
         torch.testing.assert_close(by_rank[0][index].cpu(), total.to(case.dtype), rtol=tolerance, atol=0)
 
 
+def test_all_reduce_with_a_norm_is_the_sum_then_the_norm(results):
+    by_rank = results["norm"]
+    for index, parts in enumerate(zip(*(AllReduceNorm().inputs(rank) for rank in range(len(by_rank))), strict=True)):
+        total = torch.zeros_like(parts[0][0], dtype=torch.float32)
+        for x, _, _ in parts:
+            total += x.float()
+        _, residual, weight = parts[0]
+        norm, summed = reference.add_rms_norm(total.bfloat16(), residual, weight, EPS)
+        for rank_norm, rank_summed in (returned[index] for returned in by_rank):
+            assert torch.equal(rank_norm, by_rank[0][index][0])
+            assert torch.equal(rank_summed, by_rank[0][index][1])
+            if torch.cuda.is_available():
+                assert torch.equal(rank_summed.cpu(), summed)
+            # The interpreter truncates where a GPU rounds.
+            torch.testing.assert_close(rank_summed.cpu(), summed, rtol=2**-6, atol=2**-5)
+            torch.testing.assert_close(rank_norm.cpu(), norm, rtol=2**-5, atol=2**-5)
+
+
+def limited(limits: AllReduceLimits) -> PeerAllReduce:
+    memory = PeerMemory(0, torch.zeros(2, dtype=torch.int64), PeerAllReduce.num_words(2, limits))
+    return PeerAllReduce.make(memory, limits)
+
+
+def test_all_reduce_with_a_norm_takes_rows_of_whole_blocks():
+    through_peers = limited(AllReduceLimits(one_shot=0, norm_one_shot=4096, norm_two_shot=16384))
+    assert through_peers.takes_rows(torch.zeros((8, 1024), dtype=torch.bfloat16))
+    assert not through_peers.takes_rows(torch.zeros((9, 1024), dtype=torch.bfloat16))
+    assert not through_peers.takes_rows(torch.zeros((2, 1536), dtype=torch.bfloat16))
+    assert not through_peers.takes_rows(torch.zeros((2, 1024)))
+    assert not through_peers.takes(torch.zeros((2, 1024), dtype=torch.bfloat16))
+
+
 def test_all_reduce_takes_what_it_has_room_for():
-    memory = PeerMemory(0, torch.zeros(2, dtype=torch.int64), OneShotAllReduce.num_words(2, 4096))
-    one_shot = OneShotAllReduce.make(memory)
-    assert one_shot.takes(torch.zeros(2048, dtype=torch.bfloat16))
-    assert not one_shot.takes(torch.zeros(2050, dtype=torch.bfloat16))
-    assert not one_shot.takes(torch.zeros(3, dtype=torch.bfloat16))
-    assert not one_shot.takes(torch.zeros(8, dtype=torch.float64))
-    assert not one_shot.takes(torch.zeros(8, 8).T[:4])
-    assert not one_shot.takes(torch.zeros(0))
+    through_peers = limited(AllReduceLimits(one_shot=4096, norm_one_shot=0, norm_two_shot=0))
+    assert through_peers.takes(torch.zeros(2048, dtype=torch.bfloat16))
+    assert not through_peers.takes(torch.zeros(2050, dtype=torch.bfloat16))
+    assert not through_peers.takes(torch.zeros(3, dtype=torch.bfloat16))
+    assert not through_peers.takes(torch.zeros(8, dtype=torch.float64))
+    assert not through_peers.takes(torch.zeros(8, 8).T[:4])
+    assert not through_peers.takes(torch.zeros(0))
