@@ -14,17 +14,19 @@ from servicekit.supervisor import Child, supervise
 def main() -> int:
     """Run until a signal; returns the exit status."""
     config = parse(ExecutorConfig, None, prog="python -m executor_service", description="Runs a model's step plans.")
-    with _held_port() as port:
-        return supervise("executor", _ranks(config, port), together=True)
-
-
-def _ranks(config: ExecutorConfig, port: int) -> list[Child]:
     size = config.tensor_parallel_size
-    environments = local_environments(size, port) if size > 1 else [{}]
+    if size == 1:
+        return _supervise_ranks(config, [{}])
+    with _held_port() as port:
+        return _supervise_ranks(config, local_environments(size, port))
+
+
+def _supervise_ranks(config: ExecutorConfig, environments: list[dict[str, str]]) -> int:
     argv = [sys.executable, "-m", "executor_service.rank", *to_argv(config)]
     # torch then asks for huge pages, which weights that are read from end to end in every step gain from.
     common = {"THP_MEM_ALLOC_ENABLE": "1"}
-    return [Child(f"rank {rank}", argv, common | environment) for rank, environment in enumerate(environments)]
+    ranks = [Child(f"rank {rank}", argv, common | environment) for rank, environment in enumerate(environments)]
+    return supervise("executor", ranks, together=True)
 
 
 @contextlib.contextmanager

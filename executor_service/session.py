@@ -10,14 +10,16 @@ import logging
 import uuid
 
 import grpc
+import numpy as np
 from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
 
 from executor_service.device import Device, Session, SessionError, Wiped, last_step_id
-from executor_service.plan import InvalidPlan, decode_plan
+from executor_service.plan import Column, InvalidPlan, decode_plan
 from executor_service.runner.runner import StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_INFLIGHT_PLANS = 8  # the core sends at most four ahead; the rest is slack for a faster device
 
 Context = grpc.aio.ServicerContext[bytes, pb.RunSessionResponse]
@@ -163,16 +165,39 @@ async def _write(session: Session, context: Context) -> None:
 
 
 def _encode(output: StepOutput, epoch: int | None) -> pb.StepResult:
-    return pb.StepResult(
+    result = pb.StepResult(
         epoch=epoch,
         step_id=output.step_id,
         partial=output.partial,
-        slots=output.slots.astype("<i4", copy=False).tobytes(),
-        token_ids=output.token_ids.astype("<i4", copy=False).tobytes(),
-        finish_reasons=output.finish_reasons.astype("<i4", copy=False).tobytes(),
+        slots=_integers(output.slots),
+        token_ids=_integers(output.token_ids),
+        finish_reasons=_integers(output.finish_reasons),
         slot_errors=[pb.SlotError(slot=slot, message=message) for slot, message in output.slot_errors],
         device_time_ns=output.device_time_ns,
     )
+    if output.logprobs:
+        result.logprob_token_ids = _integers(output.logprobs.token_ids)
+        result.logprobs = _floats(output.logprobs.logprobs)
+        result.logprob_ranks = _integers(output.logprobs.ranks)
+    result.prompt_logprobs.extend(
+        pb.PromptLogprobs(
+            slot=part.slot,
+            start=part.start,
+            token_ids=_integers(part.token_ids),
+            logprobs=_floats(part.logprobs),
+            ranks=_integers(part.ranks),
+        )
+        for part in output.prompt_logprobs
+    )
+    return result
+
+
+def _integers(column: Column) -> bytes:
+    return column.astype("<i4", copy=False).tobytes()
+
+
+def _floats(column: NDArray[np.float32]) -> bytes:
+    return column.astype("<f4", copy=False).tobytes()
 
 
 def _precondition(message: str) -> SessionError:

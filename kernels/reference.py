@@ -4,6 +4,8 @@ All arithmetic is in float32 and only the result is rounded to the input's dtype
 kv_cache: [num_blocks, kv_heads, 2, block_size, head_dim], keys at 0 and values at 1.
 """
 
+from collections.abc import Collection, Mapping
+
 import torch
 from torch import Tensor
 
@@ -136,7 +138,9 @@ def sample(
     choice_index: Tensor,
     positions: Tensor,
 ) -> Tensor:
-    """Choose one token a row. logits: [num_rows, vocab_size] float32, finite; the rest: [num_rows].
+    """Choose one token a row. logits: [num_rows, vocab_size] float32; the rest: [num_rows].
+
+    A token whose logit is -inf is never chosen; every row has one that is finite.
 
     positions counts the tokens before the one to be chosen. Returns [num_rows] int64.
 
@@ -168,3 +172,61 @@ def sample(
         noise = gumbel_noise(seed[row], choice_index[row], positions[row], torch.arange(len(scaled)))
         token_ids.append((scaled.double() + noise).masked_fill(~kept, -torch.inf).argmax())
     return torch.stack(token_ids)
+
+
+def process_logits(
+    logits: Tensor,
+    token_ids: Tensor,
+    num_prompt_tokens: int,
+    *,
+    mask: Tensor | None = None,
+    allowed_token_ids: Collection[int] = (),
+    banned_token_ids: Collection[int] = (),
+    end_token_ids: Collection[int] = (),
+    min_total_tokens: int = 0,
+    logit_bias: Mapping[int, float] | None = None,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+) -> Tensor:
+    """What the next token of one sequence is sampled from: [vocab_size] float32, -inf for tokens out of the question.
+
+    logits: [vocab_size] float32, finite, the model's own; token_ids: [num_tokens] int64, what the sequence holds, the
+    prompt first; mask: [vocab_size] bool, which tokens a grammar allows; allowed_token_ids: none means all;
+    end_token_ids: all that are out of the question while the sequence holds fewer than min_total_tokens tokens.
+
+    Every product, quotient, sum and difference is rounded to float32. Sources: the penalties are those of vLLM's
+    apply_penalties (vllm/model_executor/layers/utils.py); the repetition penalty, arXiv:1909.05858, counts the
+    prompt, and the other two what was generated.
+    """
+    possible = torch.ones_like(logits, dtype=torch.bool) if mask is None else mask.clone()
+    if allowed_token_ids:
+        is_allowed = torch.zeros_like(possible)
+        is_allowed[list(allowed_token_ids)] = True
+        possible &= is_allowed
+    possible[list(banned_token_ids)] = False
+    if len(token_ids) < min_total_tokens:
+        possible[list(end_token_ids)] = False
+    logits = logits.masked_fill(~possible, -torch.inf)
+    for token_id, bias in (logit_bias or {}).items():
+        logits[token_id] += bias
+    is_seen = torch.bincount(token_ids, minlength=len(logits)) > 0
+    penalized = torch.where(logits > 0, logits / repetition_penalty, logits * repetition_penalty)
+    logits = torch.where(is_seen, penalized, logits)
+    counts = torch.bincount(token_ids[num_prompt_tokens:], minlength=len(logits))
+    logits = logits - frequency_penalty * counts
+    return logits - presence_penalty * (counts > 0)
+
+
+def log_probabilities(logits: Tensor, token_ids: Tensor, num_likeliest: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Natural logarithms of the probabilities of one token a row, and of the likeliest ones.
+
+    logits: [num_rows, vocab_size] float32, the model's own; token_ids: [num_rows] int64.
+    Returns the tokens, [num_rows, 1 + num_likeliest] int64: the row's own, then the likeliest, the lowest id first
+    among equals; their logarithms, the same in float32; and for each row the number of tokens that are likelier than
+    its own, plus 1: [num_rows] int64. Source: vLLM's `raw_logprobs`, where a rank counts equals too.
+    """
+    likeliest = logits.argsort(dim=-1, descending=True, stable=True)[:, :num_likeliest]
+    reported = torch.cat((token_ids[:, None], likeliest), dim=1)
+    own = logits.gather(1, token_ids[:, None])
+    return reported, logits.log_softmax(dim=-1).gather(1, reported), (logits > own).sum(dim=-1) + 1

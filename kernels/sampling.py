@@ -64,7 +64,8 @@ def sample(
 ) -> Tensor:
     """Choose one token a row; a row's token does not depend on the other rows.
 
-    logits: [num_rows, size of the shard] float32, finite, contiguous.
+    logits: [num_rows, size of the shard] float32, contiguous; -inf is the logit of tokens that are never chosen, and
+    each row has one that is finite.
     positions: [num_rows] int64, tokens before the one to be chosen.
     Where there are several ranks, all of them call with the same columns and positions and get the same tokens.
     Returns [num_rows] int64. Source of the definition: `kernels.reference.sample`.
@@ -80,6 +81,15 @@ def sample(
         logits[random_rows], columns.select(random_rows), positions[random_rows], shard
     )
     return token_ids
+
+
+def gather_rows(logits: Tensor, shard: VocabularyShard) -> Tensor:
+    """The whole rows, on every rank: [num_rows, size of the shard] -> [num_rows, vocab_size]."""
+    if shard.is_whole:
+        return logits
+    sizes = shard.gather(torch.tensor([[logits.shape[1]]]))[0].tolist()
+    parts = shard.gather(_widen(logits, max(sizes))).unflatten(1, (len(sizes), -1)).unbind(1)
+    return torch.cat([part[:, :size] for part, size in zip(parts, sizes, strict=True)], dim=1)
 
 
 def _widen(logits: Tensor, size: int) -> Tensor:

@@ -6,11 +6,11 @@ The front end numbers its streams itself; a number is unique while its connectio
 
 import asyncio
 import struct
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
 
-_LENGTH = struct.Struct("<I")
+FRAME_LENGTH = struct.Struct("<I")
 T = TypeVar("T")
 
 
@@ -22,34 +22,51 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_token_ids: list[int] = []  # empty: all
+    banned_token_ids: list[int] = []
+    min_tokens: int = 0
+    logprobs: int | None = None  # alternatives of each generated token; None: no log-probabilities
+    prompt_logprobs: int | None = None  # the same for each token of the prompt but the first
 
 
 # --- front end to core -------------------------------------------------------------------------------------------
 
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
-    """A validated request."""
+    """A validated request. Each choice has a stream of its own, which starts, and ends or fails, by itself."""
 
-    stream: int
+    streams: Annotated[list[int], msgspec.Meta(min_length=1)]  # [n] in the order of the choices' indices
     request_id: str
     token_ids: bytes  # [num_prompt_tokens] little-endian int32
     sampling: Sampling
     stop_token_ids: list[int]  # the model's own end-of-sequence tokens included, unless ignored
+    end_token_ids: list[int]  # the model's own end-of-sequence tokens, ignored or not
     max_tokens: int | None  # None: as many as fit
     priority: int
     cache_salt: str
     arrival: float  # time.monotonic() seconds; one clock for all processes of a host
     deadline: float | None  # time.monotonic() seconds; None: none
+    constraint: str | None = None  # a grammar that LLMatcher of llguidance accepts; None: none
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
-    """The stream's client went away: end its request and send nothing more."""
+    """The stream's client went away: end its choice and send nothing more."""
+
+    stream: int
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """A stop string was completed: end the stream's choice with FINISH_REASON_STOP, unless it has ended meanwhile."""
 
     stream: int
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """End a request by its id, whichever front end holds it; answered by CancelReply."""
+    """End every choice of a request by its id, whichever front end holds it; answered by CancelReply."""
 
     call: int
     request_id: str
@@ -61,7 +78,19 @@ class LoadQuery(msgspec.Struct, frozen=True, tag=True):
     call: int
 
 
-FrontendMessage = Submit | Abandon | Cancel | LoadQuery
+class KvSubscribe(msgspec.Struct, frozen=True, tag=True):
+    """Hear of the prefix cache from now on: KvEvents with what it holds, then with each change."""
+
+    subscription: int  # the front end's own number, unique while its connection lives
+
+
+class KvUnsubscribe(msgspec.Struct, frozen=True, tag=True):
+    """End a subscription; messages that are under way still come."""
+
+    subscription: int
+
+
+FrontendMessage = Submit | Abandon | Stop | Cancel | LoadQuery | KvSubscribe | KvUnsubscribe
 
 # --- core to front end -------------------------------------------------------------------------------------------
 
@@ -88,7 +117,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag=True):
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):
-    """First admission of a stream's request."""
+    """First admission of a stream's choice."""
 
     stream: int
     prompt_tokens: int
@@ -107,6 +136,8 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     output_tokens: int
     preemptions: int
     recoveries: int
+    queue_time_ns: int = 0  # as in Started
+    time_to_first_token_ns: int = 0  # from arrival; 0: no token was generated
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
@@ -120,14 +151,44 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     retry_after_s: float | None = None
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at one generated token: its own, then those of the likeliest tokens, most likely first.
+
+    A stream that asked has one for each of its tokens in the same Outputs, in the same order.
+    """
+
+    stream: int
+    token_ids: bytes  # [1 + Sampling.logprobs] little-endian int32
+    logprobs: bytes  # [1 + Sampling.logprobs] little-endian float32
+    rank: int  # tokens likelier than the generated one, plus 1
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities at every position of a prompt but the first: the token that stands there, then the likeliest.
+
+    Of a request's choices the first alone gets them, once. No choice gets a token before.
+    """
+
+    stream: int
+    token_ids: bytes  # [num_prompt_tokens - 1, width] little-endian int32
+    logprobs: bytes  # [num_prompt_tokens - 1, width] little-endian float32
+    ranks: bytes  # [num_prompt_tokens - 1] little-endian int32: tokens likelier than the one that stands there, plus 1
+    width: int  # 1 + Sampling.prompt_logprobs
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
-    """One step's news for one front end. Within a stream the order is started, tokens, finished or failed."""
+    """One step's news for one front end.
+
+    Within a stream the order is started, prompt_logprobs, tokens, finished or failed.
+    """
 
     streams: bytes  # [n] little-endian int32, the stream of each token
     token_ids: bytes  # [n] little-endian int32
     started: list[Started] = []
     finished: list[Finished] = []
     failed: list[Failed] = []
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class CancelReply(msgspec.Struct, frozen=True, tag=True):
@@ -164,13 +225,43 @@ class LoadReply(msgspec.Struct, frozen=True, tag=True):
     load: Load
 
 
-CoreMessage = EngineStatus | Outputs | CancelReply | LoadReply
+class KvStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Full blocks, each continuing the one before it, entered the prefix cache. Blocks of salted prompts are left out.
+
+    A block is named by a hash of all tokens up to its end.
+    """
+
+    hashes: list[int]  # int64
+    parent: int | None  # hash of what the first of the blocks continues; None: nothing
+    token_ids: bytes  # [len(hashes), block_size] little-endian int32
+    block_size: int
 
 
-def encode_frame(message: FrontendMessage | CoreMessage) -> bytes:
+class KvRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Blocks left the prefix cache."""
+
+    hashes: list[int]  # int64
+
+
+class KvCleared(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """The prefix cache is empty: the executor is gone, or this is the beginning of what a new subscriber is told."""
+
+
+class KvEvents(msgspec.Struct, frozen=True, tag=True):
+    """Changes of the prefix cache, in order; a subscription begins with `snapshot_parts` messages of what it holds."""
+
+    subscription: int
+    events: list[KvStored | KvRemoved | KvCleared]
+    snapshot_parts: int = 0  # 0: not part of the snapshot
+
+
+CoreMessage = EngineStatus | Outputs | CancelReply | LoadReply | KvEvents
+
+
+def encode_frame(message: msgspec.Struct) -> bytes:
     """One message as bytes ready to be written."""
     body = msgspec.msgpack.encode(message)
-    return _LENGTH.pack(len(body)) + body
+    return FRAME_LENGTH.pack(len(body)) + body
 
 
 async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Decoder[T]) -> T | None:
@@ -179,7 +270,7 @@ async def read_frame(reader: asyncio.StreamReader, decoder: msgspec.msgpack.Deco
     Raises: msgspec.ValidationError for a body that is no such message.
     """
     try:
-        (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+        (length,) = FRAME_LENGTH.unpack(await reader.readexactly(FRAME_LENGTH.size))
         return decoder.decode(await reader.readexactly(length))
     except (asyncio.IncompleteReadError, ConnectionError):
         return None

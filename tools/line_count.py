@@ -12,14 +12,16 @@ from pathlib import Path
 
 AIM = 5_000
 FOLDERS = ("protos", "servicekit", "scheduler_service", "executor_service", "kernels", "clients")
-SUFFIXES = {".py", ".proto", ".c", ".h", ".cu", ".js", ".ts", ".go", ".cpp"}
+SUFFIXES = {".py", ".proto", ".c", ".h", ".cu", ".js", ".ts", ".go", ".cpp", ".java"}
+BUILT = {"build", "node_modules"}  # folders of what a client's build makes
 BLANK_TOKENS = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
 def product_files(root: Path) -> list[Path]:
     """Every source file of the product below `root`, tests and generated files left out."""
     files = (path for folder in FOLDERS for path in sorted((root / folder).rglob("*")))
-    return [path for path in files if path.is_file() and path.suffix in SUFFIXES and "_pb2" not in path.name]
+    sources = (path for path in files if path.is_file() and path.suffix in SUFFIXES and "_pb2" not in path.name)
+    return [path for path in sources if not BUILT.intersection(path.relative_to(root).parts)]
 
 
 def num_code_lines(path: Path) -> int:

@@ -102,22 +102,26 @@ def profile(runner: Runner, batch: int, input_len: int) -> None:
     driver.prefill(batch, input_len, 64)
     driver.decode(batch, 4, joins=True)
     driver.drain()
+    kernels = profiled_kernels(driver, batch, steps)
+    driver.release(batch)
+    driver.drain()
+    driver.close()
+    times: dict[str, list[float]] = collections.defaultdict(list)
+    for name, time_us in kernels:
+        times[name[:70]].append(time_us)
+    print(f"--- batch {batch}: {sum(map(sum, times.values())) / steps:.0f} us a step in kernels")
+    for name, calls in sorted(times.items(), key=lambda item: sum(item[1]), reverse=True)[:14]:
+        print(f"{sum(calls) / steps:9.1f} us {len(calls) / steps:7.1f} x {statistics.mean(calls):7.2f} us  {name}")
+
+
+def profiled_kernels(driver: Driver, batch: int, steps: int) -> list[tuple[str, float]]:
+    """The kernels of so many further decode steps, in order: name, and microseconds by torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
         driver.decode(batch, steps, joins=False)
         driver.drain()
         torch.cuda.synchronize()
-    driver.release(batch)
-    driver.drain()
-    driver.close()
-    times: collections.Counter[str] = collections.Counter()
-    counts: collections.Counter[str] = collections.Counter()
-    for event in recorded.events() or []:
-        if event.device_type.name == "CUDA":
-            times[event.name[:70]] += event.device_time_total
-            counts[event.name[:70]] += 1
-    print(f"--- batch {batch}: {sum(times.values()) / steps:.0f} us a step in kernels")
-    for name, total in times.most_common(14):
-        print(f"{total / steps:9.1f} us {counts[name] / steps:7.1f} x {total / counts[name]:7.2f} us  {name}")
+    events = recorded.events() or []
+    return [(event.name, event.device_time_total) for event in events if event.device_type.name == "CUDA"]
 
 
 if __name__ == "__main__":

@@ -108,8 +108,9 @@ def tokenizer_of(vocab_size: int) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = "etaoinshrdlucmfwypvbgkjqxz"
     words = ("".join(word) for length in (2, 3, 4) for word in itertools.product(letters, repeat=length))
-    tokens = itertools.islice(itertools.chain(alphabet, words), vocab_size)
+    tokens = itertools.islice(itertools.chain(alphabet, words), vocab_size - 1)
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(tokens)}, merges=[]))
+    tokenizer.add_special_tokens(["<|endoftext|>"])  # the last id, eos_token_id above
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer

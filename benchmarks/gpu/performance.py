@@ -12,8 +12,8 @@ import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from benchmarks.gpu.decode_step import profiled_kernels
 from benchmarks.gpu.driver import Driver
 from executor_service.config import ExecutorConfig
 from executor_service.runner.build import build_runner
@@ -74,21 +74,18 @@ def measure(runner: GpuRunner, batch: int) -> tuple[dict[str, float], dict[str, 
     driver.decode(batch, STEPS, joins=False)
     driver.drain()
     spans = np.array([runner.rings.span_ns(step) for step in range(first, first + STEPS)])  # [STEPS, 2] begin and end
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as recorded:
-        driver.decode(batch, PROFILED_STEPS, joins=False)
-        driver.drain()
-        torch.cuda.synchronize()
+    kernels = profiled_kernels(driver, batch, PROFILED_STEPS)
     driver.release(batch)
     driver.drain()
     driver.close()
-    times: collections.Counter[str] = collections.Counter()
-    for event in recorded.events() or []:
-        if event.device_type.name == "CUDA":
-            role = next((role for part, role in ROLES.items() if part in event.name), OTHERS)
-            times[role] += event.device_time_total / PROFILED_STEPS
+    times: dict[str, float] = collections.defaultdict(float)
+    for name, time_us in kernels:
+        role = next((role for part, role in ROLES.items() if part in name), OTHERS)
+        times[role] += time_us / PROFILED_STEPS
     step_us = statistics.median((spans[:, 1] - spans[:, 0]).tolist()) / 1e3
     gap_us = statistics.median((spans[1:, 0] - spans[:-1, 1]).tolist()) / 1e3
-    return dict(times.most_common()), {"a step, unprofiled": step_us, "between two steps": gap_us}
+    roles = dict(sorted(times.items(), key=lambda item: item[1], reverse=True))
+    return roles, {"a step, unprofiled": step_us, "between two steps": gap_us}
 
 
 if __name__ == "__main__":

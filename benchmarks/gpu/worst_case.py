@@ -25,7 +25,12 @@ SAMPLINGS = [
     Sampling(temperature=1.0, top_k=0, top_p=0.95, min_p=0.0, seed=3, choice_index=1),
     Sampling(temperature=1.0, top_k=0, top_p=1.0, min_p=0.05, seed=4, choice_index=2),
     Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, seed=2**64 - 1, choice_index=3),
-]
+    Sampling(
+        temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, seed=5, choice_index=0, repetition_penalty=1.1,
+        frequency_penalty=0.2, presence_penalty=0.1, banned_token_ids=np.arange(9, dtype=np.int32), num_logprobs=21,
+        num_prompt_logprobs=21,
+    ),
+]  # fmt: skip
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
         driver.decode(limits.num_slots, 7, joins=True)
         driver.release(limits.num_slots)
         driver.drain()
-    print(json.dumps({"phase": "full batch, every filter", **_memory()}), flush=True)
+    print(json.dumps({"phase": "full batch, every filter, changed and reported", **_memory()}), flush=True)
     driver.close()
 
 

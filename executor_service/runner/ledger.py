@@ -52,6 +52,7 @@ class Ledger:
         ledger._append(plan)
         ledger._prefill(plan)
         ledger._join_and_leave(plan)
+        ledger._mask(plan)
         ledger._decode(plan.iterations)
         return ledger
 
@@ -116,6 +117,16 @@ class Ledger:
         self._require_distinct("leave_slots", plan.leave_slots)
         self._require("leave of a slot that does not decode", plan.leave_slots, self.decoding[plan.leave_slots])
         self.decoding[plan.leave_slots] = False
+
+    def _mask(self, plan: Plan) -> None:
+        slots = plan.mask_slots
+        if not len(slots):
+            return
+        self._require_distinct("mask_slots", slots)
+        samples = np.isin(slots, plan.prefill_slots[plan.prefill_samples > 0])
+        if plan.iterations:
+            samples |= self.decoding[slots]
+        self._require("mask of a slot that does not sample", slots, samples)
 
     def _decode(self, iterations: int) -> None:
         if not iterations:

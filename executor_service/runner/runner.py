@@ -4,9 +4,35 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from executor_service.plan import Column, Limits, Plan
 
 CONTINUES, STOPPED, LENGTH = 0, 1, 2  # StepResult.finish_reasons
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLogprobs:
+    """Log-probabilities of sampled tokens: see StepResult in executor.proto.
+
+    Of the slots, in the order of StepOutput.slots, whose sequences asked for some; each has num_logprobs entries.
+    """
+
+    token_ids: Column  # [num_entries], a slot's sampled token, then the likeliest
+    logprobs: NDArray[np.float32]  # [num_entries]
+    ranks: Column  # [num_slots_that_asked]
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptLogprobs:
+    """Log-probabilities of consecutive tokens of a prompt: see PromptLogprobs in executor.proto."""
+
+    slot: int
+    start: int  # position of the first of these tokens
+    token_ids: Column  # [num_positions * num_prompt_logprobs], the token at each position, then the likeliest
+    logprobs: NDArray[np.float32]  # [num_positions * num_prompt_logprobs]
+    ranks: Column  # [num_positions]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +46,8 @@ class StepOutput:
     finish_reasons: Column  # [num_sampled]
     slot_errors: list[tuple[int, str]]
     device_time_ns: int
+    logprobs: StepLogprobs | None = None  # None: nobody asked
+    prompt_logprobs: list[PromptLogprobs] = dataclasses.field(default_factory=list)
 
     def wait(self) -> "StepOutput":
         """An output that is there already is a pending one for which nobody waits."""

@@ -8,7 +8,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from executor_service.plan import Column, Limits, NewSequence, Plan
+from executor_service.runner.prompt_report import PromptReport
 from executor_service.runner.runner import CONTINUES, LENGTH, STOPPED
+from executor_service.runner.special_slots import SpecialSlot
 from kernels.sampling import SamplingColumns
 
 _NO_TOKEN = -1  # pads stop_token_ids
@@ -42,6 +44,8 @@ class SlotState:
             seed=zeros(torch.int64),
             choice_index=zeros(torch.int64),
         )
+        self.special: dict[int, SpecialSlot] = {}  # of slots whose logits are changed or reported when they sample
+        self.prompt_reports: dict[int, PromptReport] = {}  # of slots whose prompt's log-probabilities are reported
         self.done = zeros(torch.bool)  # [num_slots], samples nothing until it is released
         self.decoding = zeros(torch.bool)  # [num_slots], member of the decode set
         self.decode_slots = torch.empty(0, dtype=torch.int64, device=device)  # [batch], decoding and not done
@@ -74,6 +78,8 @@ class SlotState:
     def sampled(self, slots: Tensor, token_ids: Tensor) -> Tensor:
         """Append a token to each slot and return the finish reasons, CONTINUES, STOPPED or LENGTH: all [n] int64."""
         self.last_token[slots] = token_ids
+        if self.special:
+            self._note_sampled(slots.tolist(), token_ids.tolist())
         stops = (self.stop_token_ids[slots] == token_ids[:, None]).any(-1)
         is_full = self.context_len[slots] + 1 >= self.max_total[slots]
         reasons = torch.full_like(token_ids, CONTINUES).masked_fill_(is_full, LENGTH).masked_fill_(stops, STOPPED)
@@ -86,9 +92,24 @@ class SlotState:
             self.done[slots] = True
             self._decode_set_changed = True
 
+    def end_prompts(self, slots: list[int]) -> None:
+        """Forget what was asked of the prompts of `slots`, which are computed to their end."""
+        for slot in slots:
+            self.prompt_reports.pop(slot, None)
+
+    def _note_sampled(self, slots: list[int], token_ids: list[int]) -> None:
+        for slot, token_id in zip(slots, token_ids, strict=True):
+            special = self.special.get(slot)
+            if special:
+                special.append(token_id)
+                if not special.is_special:
+                    del self.special[slot]
+
     def _release(self, slots: Column) -> None:
         for slot in slots.tolist():
             self.known_token_ids[slot] = None
+            self.special.pop(slot, None)
+            self.prompt_reports.pop(slot, None)
         indices = self._indices(slots)
         self.decoding[indices] = False
         self.done[indices] = False
@@ -110,6 +131,17 @@ class SlotState:
             self.block_tables[sequence.slot, :num_blocks] = self._tensor(sequence.block_ids, torch.int32)
             self.stop_token_ids[sequence.slot, :num_stops] = self._indices(sequence.stop_token_ids)
             self.known_token_ids[sequence.slot] = self._indices(sequence.token_ids)
+            self._note_special(sequence)
+
+    def _note_special(self, sequence: NewSequence) -> None:
+        sampling = sequence.sampling
+        if sampling.changes_logits or sampling.num_logprobs:
+            special = SpecialSlot(sequence)
+            if special.is_special:
+                self.special[sequence.slot] = special
+        if sampling.num_prompt_logprobs:
+            report = PromptReport(sampling.num_prompt_logprobs, sequence.num_prompt_tokens)
+            self.prompt_reports[sequence.slot] = report
 
     def _widen_stop_token_ids(self, width: int) -> None:
         missing = width - self.stop_token_ids.shape[1]

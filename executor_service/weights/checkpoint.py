@@ -82,11 +82,11 @@ class Checkpoint:
         if span is None:
             return stored[:].to(self._device, self._dtype, copy=True)
         found[dim] = span.length
-        part = torch.zeros(found, dtype=self._dtype, device=self._device)
-        if span.stop > span.start:
-            part.narrow(dim, 0, span.stop - span.start).copy_(
-                stored[(slice(None),) * dim + (slice(span.start, span.stop),)]
-            )
+        part = torch.empty(found, dtype=self._dtype, device=self._device)
+        held = span.stop - span.start
+        if held:
+            part.narrow(dim, 0, held).copy_(stored[(slice(None),) * dim + (slice(span.start, span.stop),)])
+        part.narrow(dim, held, span.length - held).zero_()
         return part
 
     def finish(self, ignored: frozenset[str]) -> None:

@@ -20,6 +20,7 @@ from kernels.gpu.interpreted import INTERPRETED
 from kernels.gpu.slot_state import CONTEXT_LEN, DONE, LAST_TOKEN, MAX_TOTAL, NUM_STOPS, device_time
 
 FAILED = tl.constexpr(-2)  # a sampled token: there is none, since a logit was not finite
+NONE_LEFT = tl.constexpr(-3)  # the same, since every token was out of the question
 REASON_CONTINUES, REASON_FAILED = 0, 3  # two of the finish reasons: see `advance`
 _RESULT_HEADER = tl.constexpr(8)  # int32
 
@@ -151,8 +152,8 @@ def advance(
 ) -> None:  # fmt: skip
     """Append the sampled tokens to their slots, publish them and count the step: its last kernel.
 
-    token_ids: [n] int32, n up to max_batch, FAILED or -1 for nothing; logprobs: [n] float32; row_slots: [n] int32,
-    distinct, -1 = the row sampled nothing. decode: CONTEXT_LEN grows by one, which prefill_inputs did otherwise.
+    token_ids: [n] int32, n up to max_batch, FAILED, NONE_LEFT or -1 for nothing; logprobs: [n] float32; row_slots: [n]
+    int32, distinct, -1 = the row sampled nothing. decode: CONTEXT_LEN grows by one, which prefill_inputs did otherwise.
     clock: [1] int64, when the step began. results: [ring_size, layout.result_size] int32, pinned host memory.
     Finish reasons: -1 sampled nothing, 0 goes on, 1 stop token, 2 length, 3 failed; above 0 the slot is done.
     """
@@ -179,7 +180,7 @@ def _advance_kernel(
     row_logprobs = tl.load(logprobs + index, mask=is_row, other=0.0)
     step = tl.load(cursor)
     live = slots >= 0
-    sampled, failed = live & (tokens >= 0), live & (tokens == FAILED)
+    sampled, failed = live & (tokens >= 0), live & (tokens <= FAILED)
 
     context_len = tl.load(state + CONTEXT_LEN * state_stride + slots, mask=live, other=0)
     if DECODE:

@@ -8,8 +8,11 @@ from pathlib import Path
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.core.engine import Engine
 from servicekit.logs import log_to_stderr
+from servicekit.memory import keep_freed_memory
 from servicekit.settings import parse
 from servicekit.supervisor import bind_to_parent, notify_ready
+
+KEPT_BYTES = 128 << 20  # of freed memory
 
 
 async def _main(config: SchedulerConfig, socket_path: str) -> None:
@@ -23,6 +26,7 @@ if __name__ == "__main__":
     bind_to_parent()
     settings = parse(SchedulerConfig, None, prog="python -m scheduler_service.core", description=__doc__ or "")
     log_to_stderr("core")
+    keep_freed_memory(KEPT_BYTES)
     assert settings.core_socket is not None, "the scheduler service names the socket"
     Path(settings.core_socket).unlink(missing_ok=True)  # a core that was killed left it behind
     asyncio.run(_main(settings, settings.core_socket))

@@ -15,6 +15,7 @@ import grpc.aio
 from protos.duet.executor.v1 import executor_pb2 as pb
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.core.frontends import Frontends
+from scheduler_service.core.masks import MaskSource
 from scheduler_service.core.outbox import Outbox
 from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.scheduler import Policy, Scheduler
@@ -39,6 +40,7 @@ class Engine:
         self.pool = RequestPool(ORDERS[config.queue_order], config.max_waiting)
         self._scheduler = Scheduler(self.pool, Policy(config.max_inflight_steps, config.max_decode_stall_ms / 1000))
         self._frontends = Frontends(self)
+        self._masks = MaskSource(self.pool, Path(config.model), on_change=self.pump)
         self._session: ExecutorSession | None = None
         self._num_sessions = 0  # opened so far; each executor process counts epochs of its own
         self._model: ModelInfo | None = None
@@ -51,6 +53,7 @@ class Engine:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._frontends.serve(socket_path, on_listening))
             tasks.create_task(self._keep_session())
+            tasks.create_task(self._masks.run())
             tasks.create_task(self._sweep())
 
     @property
@@ -70,6 +73,7 @@ class Engine:
 
     def pump(self) -> None:
         """Send plans while any can be sent, then tell the front ends what is new."""
+        self._masks.work()
         while self._session is not None and (plan := self._scheduler.schedule(time.monotonic())) is not None:
             self._session.send(plan)
         self._frontends.flush()
@@ -111,9 +115,11 @@ class Engine:
             max_cache_tokens=info.num_blocks * info.block_size,
         )
         log.info("epoch %d on %s: %s", session.epoch, info.device, limits)
+        self._masks.begin(info.vocab_size)
         self._session, self._last_reason = session, ""
         self._num_sessions += 1
-        self.pool.begin_epoch(limits)
+        epoch = self.pool.begin_epoch(limits)
+        self._frontends.kv_events.begin_epoch(epoch.blocks.prefix_cache)
         self._frontends.broadcast_status()
         self.pump()
 
@@ -123,6 +129,7 @@ class Engine:
             return
         self._session, self._executor_lost_at = None, time.monotonic()
         self.pool.end_epoch()
+        self._frontends.kv_events.end_epoch()
         log.warning("epoch %d is over; %d requests wait for an executor", session.epoch, len(self.pool.waiting))
         self._frontends.broadcast_status()
 
@@ -143,6 +150,7 @@ class Engine:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             now = time.monotonic()
             self.pool.expire(now)
+            self._masks.check(now)
             if self._session is None and now - self._executor_lost_at > self._config.max_pause_s:
                 limit = self._config.max_pause_s
                 self.pool.fail_older_than(now - limit, f"no executor for {limit:g} seconds")

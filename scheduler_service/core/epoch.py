@@ -39,6 +39,9 @@ class DecodeSet:
     def __len__(self) -> int:
         return len(self._members)
 
+    def __contains__(self, slot: int) -> bool:
+        return slot in self._members
+
     def columns(self) -> tuple[Column, list[Request]]:
         """Slots  # [num_decoding] int32, and their requests. Never changed in place, so a record may keep them."""
         if self._columns is None:
@@ -46,11 +49,11 @@ class DecodeSet:
             self._columns = (np.array(slots, dtype=np.int32), [self._members[slot] for slot in slots])
         return self._columns
 
-    def join(self, request: Request) -> None:
-        """Add a running request all of whose known tokens are computed by the plans sent."""
+    def join(self, request: Request, num_scheduled: int) -> None:
+        """Add a running request of which the plans sent write `num_scheduled` positions: all but the last token's."""
         assert request.slot is not None
         self._members[request.slot] = request
-        self._num_scheduled[request.slot] = request.num_prefilled
+        self._num_scheduled[request.slot] = num_scheduled
         self._max_total[request.slot] = request.max_total_tokens
         self._columns = None
 
@@ -90,7 +93,8 @@ class Epoch:
         self.running: dict[int, Request] = {}  # by slot
         self.prefilling: list[Request] = []  # running, with known tokens left to compute, in order of admission
         self.joining: list[Request] = []  # sampled their first token in the last plan
-        self.leaving: list[Request] = []  # sampled their last token in the last plan
+        self.leaving: list[Request] = []  # decoded in the last plan, and need not in the next
+        self.constrained: dict[Request, int] = {}  # those that go on after a token -> tokens known when it was planned
         self.decode_set = DecodeSet(limits.num_slots)
         self.free_slots = list(range(limits.num_slots - 1, -1, -1))
         self.released_slots: list[int] = []  # emptied since the last plan; the next one tells the executor
@@ -113,6 +117,11 @@ class Epoch:
         request.num_prefilled = len(hits) * self.limits.block_size
         return slot
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether any request is past its first token, be it that its mask is still to come."""
+        return bool(self.decode_set) or bool(self.constrained)
+
     def unseat(self, request: Request) -> None:
         """Take slot and blocks from a running request; the blocks may be given to others at once."""
         slot = request.slot
@@ -120,6 +129,7 @@ class Epoch:
         self.blocks.free(slot)
         del self.running[slot]
         self.decode_set.discard(slot)
+        self.constrained.pop(request, None)
         for members in (self.prefilling, self.joining, self.leaving):
             if request in members:
                 members.remove(request)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from protos.duet.inference.v1 import inference_pb2 as pb
+from scheduler_service.core.kv_events import KvEventLog
 from scheduler_service.core.outbox import Outbox
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import failure
@@ -19,8 +21,11 @@ from scheduler_service.ipc import (
     CancelReply,
     CoreMessage,
     FrontendMessage,
+    KvSubscribe,
+    KvUnsubscribe,
     LoadQuery,
     LoadReply,
+    Stop,
     Submit,
     encode_frame,
     read_frame,
@@ -35,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Connection:
-    """One front end: its outbox, and its living requests by stream."""
+    """One front end: its outbox, and the living choices of its requests by stream."""
 
     def __init__(self, writer: asyncio.StreamWriter) -> None:
         self._writer = writer
@@ -65,6 +70,7 @@ class Frontends:
     def __init__(self, engine: "Engine") -> None:
         self._engine = engine
         self._connections: set[Connection] = set()
+        self.kv_events = KvEventLog()
 
     async def serve(self, socket_path: str, on_listening: Callable[[], None]) -> None:
         """Listen until cancelled; that hangs up on every front end."""
@@ -82,6 +88,7 @@ class Frontends:
         """Send each front end its news."""
         for connection in self._connections:
             connection.flush()
+        self.kv_events.flush()
 
     def broadcast_status(self) -> None:
         """Tell every front end of a change of the executor."""
@@ -101,6 +108,7 @@ class Frontends:
             log.exception("a front end sent what is no message: hanging up")
         finally:
             self._connections.discard(connection)
+            self.kv_events.unsubscribe(connection)
             writer.close()
             self._engine.drop_all_of(connection.outbox)
 
@@ -112,23 +120,35 @@ class Frontends:
                 request = connection.requests.pop(stream, None)
                 if request is not None and request.state is not RequestState.FINISHED:
                     self._engine.pool.drop(request)
+            case Stop(stream):
+                request = connection.requests.get(stream)
+                if request is not None and request.state is not RequestState.FINISHED:
+                    self._engine.pool.finish(request, pb.FINISH_REASON_STOP)
             case Cancel(call, request_id):
-                request = self._engine.pool.requests.get(request_id)
-                if request is not None:
+                choices = self._engine.pool.choices_of(request_id)
+                for request in choices:
                     self._engine.pool.cancel(request, time.monotonic())
-                connection.send(CancelReply(call, request is not None))
+                connection.send(CancelReply(call, bool(choices)))
             case LoadQuery(call):
                 connection.send(LoadReply(call, self._engine.load()))
+            case KvSubscribe() | KvUnsubscribe():
+                self._change_subscription(connection, message)
+
+    def _change_subscription(self, connection: Connection, message: KvSubscribe | KvUnsubscribe) -> None:
+        if isinstance(message, KvSubscribe):
+            self.kv_events.subscribe(connection, message.subscription, connection.send)
+        else:
+            self.kv_events.unsubscribe(connection, message.subscription)
 
     def _submit(self, connection: Connection, message: Submit) -> None:
         try:
-            request = self._new_request(connection, message)
-            self._engine.pool.submit(request)
-            connection.requests[message.stream] = request
+            choices = self._new_choices(connection, message)
+            self._engine.pool.submit(*choices)
+            connection.requests.update((request.stream, request) for request in choices)
         except DuetError as error:
-            connection.outbox.failed.append(failure(message.stream, error))
+            connection.outbox.failed += [failure(stream, error) for stream in message.streams]
 
-    def _new_request(self, connection: Connection, message: Submit) -> Request:
+    def _new_choices(self, connection: Connection, message: Submit) -> list[Request]:
         if message.deadline is not None and message.deadline <= time.monotonic():
             raise DeadlineExceeded("the deadline passed before the request was queued")
         if self._engine.status.model is None:
@@ -138,17 +158,29 @@ class Frontends:
         wanted = limit if message.max_tokens is None else len(token_ids) + message.max_tokens
         if len(token_ids) >= limit or wanted > limit:
             raise ContextLengthExceeded(f"{wanted} tokens are wanted, {limit} fit", field="stop.max_tokens")
-        return Request(
-            request_id=message.request_id,
-            outbox=connection.outbox,
-            stream=message.stream,
-            token_ids=token_ids,
-            num_prompt_tokens=len(token_ids),
-            max_total_tokens=wanted,
-            sampling=message.sampling,
-            stop_token_ids=message.stop_token_ids,
-            priority=message.priority,
-            cache_salt=message.cache_salt,
-            arrival_time=message.arrival,
-            deadline=message.deadline,
-        )
+        choices = [
+            Request(
+                request_id=message.request_id,
+                outbox=connection.outbox,
+                stream=stream,
+                token_ids=token_ids[:],
+                num_prompt_tokens=len(token_ids),
+                max_total_tokens=wanted,
+                sampling=message.sampling,
+                stop_token_ids=message.stop_token_ids,
+                priority=message.priority,
+                cache_salt=message.cache_salt,
+                arrival_time=message.arrival,
+                deadline=message.deadline,
+                choice_index=index,
+                end_token_ids=message.end_token_ids,
+                constraint=message.constraint,
+            )
+            for index, stream in enumerate(message.streams)
+        ]
+        if message.sampling.prompt_logprobs is not None:
+            leader, *others = choices
+            leader.num_prompt_logprobs = 1 + message.sampling.prompt_logprobs
+            for request in others:
+                request.leader = leader
+        return choices

@@ -2,7 +2,7 @@
 
 from array import array
 
-from scheduler_service.ipc import Failed, Finished, Outputs, Started
+from scheduler_service.ipc import Failed, Finished, Outputs, PromptLogprobs, Started, TokenLogprobs
 
 
 class Outbox:
@@ -17,11 +17,21 @@ class Outbox:
         self.started: list[Started] = []
         self.finished: list[Finished] = []
         self.failed: list[Failed] = []
+        self.logprobs: list[TokenLogprobs] = []  # of those tokens whose streams asked
+        self.prompt_logprobs: list[PromptLogprobs] = []
 
     def take(self) -> Outputs | None:
         """Everything collected since the last call, or None where there is nothing."""
-        if not (self.streams or self.started or self.finished or self.failed):
+        if not (self.streams or self.started or self.finished or self.failed):  # log-probabilities come with tokens
             return None
-        outputs = Outputs(self.streams.tobytes(), self.token_ids.tobytes(), self.started, self.finished, self.failed)
+        outputs = Outputs(
+            streams=self.streams.tobytes(),
+            token_ids=self.token_ids.tobytes(),
+            started=self.started,
+            finished=self.finished,
+            failed=self.failed,
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+        )
         self._clear()
         return outputs

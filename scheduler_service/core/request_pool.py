@@ -1,6 +1,8 @@
 """Every living request, and the ways in which one begins, pauses and ends."""
 
 import dataclasses
+import time
+from collections.abc import Callable
 
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.core.epoch import Epoch, ExecutorLimits
@@ -12,6 +14,7 @@ from scheduler_service.errors import (
     DuetError,
     DuplicateRequest,
     ExecutorUnavailable,
+    InvalidRequest,
     QueueFull,
 )
 from scheduler_service.ipc import Failed, Finished, Load, Started
@@ -33,33 +36,59 @@ class Counters:
 
 
 class RequestPool:
-    """Requests by id, the waiting queue, and the epoch in force."""
+    """Requests by id and choice, the waiting queue, and the epoch in force."""
 
-    def __init__(self, order: Order, max_waiting: int) -> None:
-        self.requests: dict[str, Request] = {}
+    def __init__(self, order: Order, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.requests: dict[tuple[str, int], Request] = {}  # by id and choice index
+        self.clock = clock  # seconds, as in Request.arrival_time
         self.waiting = WaitingQueue(order)
+        self.compiling: set[Request] = set()  # on their way to the waiting queue
+        self.mask_latency_ns = 0.0  # moving average from a token to the mask of the next one; 0: none yet
+        self.unmasked: list[Request] = []  # those whose next token lacks a mask since the last look of MaskSource
         self.epoch: Epoch | None = None  # None: no executor
         self.counters = Counters()
+        self._choices: dict[str, list[Request]] = {}  # id -> its living choices
         self._max_waiting = max_waiting
         self._num_arrivals = 0
 
-    def submit(self, request: Request) -> None:
-        """Queue a new request.
+    def submit(self, *choices: Request) -> None:
+        """Queue a new request: its choices, in the order of their indices, each of which counts as one that waits.
 
-        Raises: DuplicateRequest, QueueFull; the request is not queued then.
+        Raises: DuplicateRequest, InvalidRequest, QueueFull; nothing is queued then.
         """
-        if request.request_id in self.requests:
-            raise DuplicateRequest(f"request_id {request.request_id!r} is in use", field="request_id")
-        if len(self.waiting) >= self._max_waiting:
-            raise QueueFull(f"{len(self.waiting)} requests are waiting already", retry_after_s=QUEUE_FULL_RETRY_S)
-        self._num_arrivals += 1
-        request.arrival = self._num_arrivals
-        self.requests[request.request_id] = request
-        self.waiting.push(request)
+        request_id = choices[0].request_id
+        if request_id in self._choices:
+            raise DuplicateRequest(f"request_id {request_id!r} is in use", field="request_id")
+        if len(choices) > self._max_waiting:
+            message = f"n is {len(choices)}, and no more than {self._max_waiting} may wait"
+            raise InvalidRequest(message, field="sampling.n")
+        if self.num_waiting + len(choices) > self._max_waiting:
+            raise QueueFull(f"{self.num_waiting} requests are waiting already", retry_after_s=QUEUE_FULL_RETRY_S)
+        self._choices[request_id] = list(choices)
+        for request in choices:
+            self._num_arrivals += 1
+            request.arrival = self._num_arrivals
+            self.requests[request_id, request.choice_index] = request
+            if request.constraint is None:
+                self.waiting.push(request)
+            else:
+                request.state = RequestState.COMPILING
+                self.compiling.add(request)
+                self.unmasked.append(request)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no slot."""
+        return len(self.waiting) + len(self.compiling)
+
+    def choices_of(self, request_id: str) -> list[Request]:
+        """The living choices of a request; none where no such request is alive."""
+        return list(self._choices.get(request_id, ()))
 
     def finish(self, request: Request, reason: int, stop_token_id: int | None = None) -> None:
         """End a living request and tell its stream; `reason` is a FinishReason of inference.proto."""
         self.drop(request)
+        first_token_s = 0.0 if request.first_token_time is None else request.first_token_time - request.arrival_time
         request.outbox.finished.append(
             Finished(
                 stream=request.stream,
@@ -70,6 +99,8 @@ class RequestPool:
                 output_tokens=request.num_output_tokens,
                 preemptions=request.preemptions,
                 recoveries=request.recoveries,
+                queue_time_ns=request.queue_time_ns,
+                time_to_first_token_ns=_nanoseconds(first_token_s),
             )
         )
 
@@ -83,9 +114,9 @@ class RequestPool:
         if request.started:
             return
         request.started = True
-        queue_time_ns = max(0, int((now - request.arrival_time) * 1e9))
+        request.queue_time_ns = _nanoseconds(now - request.arrival_time)
         request.outbox.started.append(
-            Started(request.stream, request.num_prompt_tokens, request.cached_tokens, queue_time_ns)
+            Started(request.stream, request.num_prompt_tokens, request.cached_tokens, request.queue_time_ns)
         )
 
     def fail(self, request: Request, error: DuetError) -> None:
@@ -99,10 +130,16 @@ class RequestPool:
         if request.state is RequestState.RUNNING:
             assert self.epoch is not None
             self.epoch.unseat(request)
+        elif request.state is RequestState.COMPILING:
+            self.compiling.remove(request)
         else:
             self.waiting.remove(request)
         request.state = RequestState.FINISHED
-        del self.requests[request.request_id]
+        del self.requests[request.request_id, request.choice_index]
+        choices = self._choices[request.request_id]
+        choices.remove(request)
+        if not choices:
+            del self._choices[request.request_id]
         self.counters.finished_requests += 1
 
     def drop_all_of(self, outbox: Outbox) -> None:
@@ -133,13 +170,14 @@ class RequestPool:
         for request in [r for r in self.requests.values() if r.arrival_time < arrival_time]:
             self.fail(request, ExecutorUnavailable(message))
 
-    def begin_epoch(self, limits: ExecutorLimits) -> None:
-        """Start on an executor whose slots and blocks are all empty."""
+    def begin_epoch(self, limits: ExecutorLimits) -> Epoch:
+        """Start on an executor whose slots and blocks are all empty; returns what is known of it."""
         assert self.epoch is None
-        self.epoch = Epoch(limits)
+        epoch = self.epoch = Epoch(limits)
         for request in [r for r in self.requests.values() if r.max_total_tokens > limits.max_total_tokens]:
             message = f"the new executor holds {limits.max_total_tokens} tokens, too few for this request"
             self.fail(request, ExecutorUnavailable(message))
+        return epoch
 
     def end_epoch(self) -> None:
         """The executor is lost, with every KV entry, every slot and the tokens of all plans in flight."""
@@ -163,7 +201,7 @@ class RequestPool:
         """A snapshot of queues, blocks and totals."""
         epoch, counters = self.epoch, self.counters
         return Load(
-            waiting_requests=len(self.waiting),
+            waiting_requests=self.num_waiting,
             running_requests=len(epoch.running) if epoch else 0,
             max_running_requests=epoch.limits.num_slots if epoch else 0,
             used_blocks=epoch.blocks.num_blocks - epoch.blocks.num_free_blocks if epoch else 0,
@@ -179,6 +217,11 @@ class RequestPool:
             steps_total=counters.steps,
             uptime_seconds=uptime_s,
         )
+
+
+def _nanoseconds(duration_s: float) -> int:
+    """Never negative: a front end may have read the clock later than the core."""
+    return max(0, int(duration_s * 1e9))
 
 
 def failure(stream: int, error: DuetError) -> Failed:

@@ -44,21 +44,22 @@ class Scheduler:
             return None
         if epoch.num_plans_in_flight >= min(self._policy.max_inflight_steps, epoch.limits.max_inflight_plans):
             return None
+        if self._awaits_masks(epoch):
+            return None
         plan = StepPlan(epoch.next_step_id)
         leaving, epoch.leaving = epoch.leaving, []
         joined = self._join_decode_set(epoch)
         budget = epoch.limits.max_tokens_per_step
         if self._may_stall_decode(epoch, now):
             self._prefill(epoch, plan, budget, now, admit=True)
-        if not plan.chunks and epoch.decode_set:
+        if not plan.chunks and epoch.is_decoding:
             any_preempted = self._decode(epoch, plan)
             self._prefill(epoch, plan, budget - len(epoch.decode_set), now, admit=not any_preempted)
         if not plan.chunks and not plan.iterations:
             epoch.leaving = [request for request in leaving if request.slot is not None]
             return None
         plan.release_slots = epoch.take_released_slots()
-        plan.leave_slots = [request.slot for request in leaving if request.slot is not None]
-        plan.join_slots = [request.slot for request in joined if request.slot is not None]
+        self._change_decode_set(epoch, plan, leaving, joined)
         self._track_stall(epoch, plan, now)
         self._record(epoch, plan)
         return plan
@@ -68,21 +69,28 @@ class Scheduler:
         joined = [request for request in epoch.joining if request.num_prefilled + 1 < request.max_total_tokens]
         epoch.joining.clear()
         for request in joined:
-            epoch.decode_set.join(request)
+            epoch.decode_set.join(request, request.num_prefilled)
         return joined
+
+    def _change_decode_set(self, epoch: Epoch, plan: StepPlan, leaving: list[Request], joined: list[Request]) -> None:
+        """Tell the executor who joins and leaves; a constrained request that decodes again stays."""
+        masked = {slot for slot in plan.mask_slots if slot in epoch.decode_set}
+        resting = {request.slot for request in leaving if request.slot is not None}
+        plan.join_slots = [request.slot for request in joined if request.slot is not None] + sorted(masked - resting)
+        plan.leave_slots = sorted(resting - masked)
 
     def _may_stall_decode(self, epoch: Epoch, now: float) -> bool:
         """Whether one more plan of prefill only keeps the decode set waiting no longer than it may.
 
         The device is behind by the prefill in flight, and would be by a full plan more.
         """
-        if epoch.stalled_since is None or not epoch.decode_set:
+        if epoch.stalled_since is None or not epoch.is_decoding:
             return True
         stall_s = now - epoch.stalled_since + epoch.prefill_s(epoch.limits.max_tokens_per_step)
         return stall_s < self._policy.max_decode_stall_s
 
     def _track_stall(self, epoch: Epoch, plan: StepPlan, now: float) -> None:
-        if not plan.chunks or not epoch.decode_set:
+        if not plan.chunks or not epoch.is_decoding:
             epoch.stalled_since = None
         elif epoch.stalled_since is None:
             epoch.stalled_since = now
@@ -103,8 +111,9 @@ class Scheduler:
             if request is None or not self._can_seat(epoch, request):
                 break
             extend_digests(request.block_digests, request.token_ids, epoch.blocks.block_size, request.cache_salt)
-            hits = epoch.blocks.find_prefix(request.block_digests, request.token_ids)
-            if self._awaits_twin(epoch, plan, request, len(hits)):
+            takes_hits = not request.num_prompt_logprobs  # they need every position of the prompt computed
+            hits = epoch.blocks.find_prefix(request.block_digests, request.token_ids) if takes_hits else []
+            if request.awaits_leader or (takes_hits and self._awaits_twin(epoch, plan, request, len(hits))):
                 deferred.append(self._pool.waiting.pop())
                 continue
             if epoch.blocks.num_free_after(hits, len(request.token_ids)) < self._reserve(epoch):
@@ -116,9 +125,13 @@ class Scheduler:
             self._pool.waiting.push(request)
 
     def _can_seat(self, epoch: Epoch, request: Request) -> bool:
-        """Whether a slot is free, and no plan in flight may still bring a token of a preempted request."""
+        """Whether a slot is free, and it is known what a preempted request has and what may follow that.
+
+        Plans in flight may still bring a token of it, and the mask of a constrained one follows its last token.
+        """
         num_seats = min(epoch.limits.num_slots, epoch.limits.max_tokens_per_step)
-        return len(epoch.running) < num_seats and not epoch.is_in_flight(request)
+        lacks_mask = request.constraint is not None and request.mask is None
+        return len(epoch.running) < num_seats and not epoch.is_in_flight(request) and not lacks_mask
 
     def _reserve(self, epoch: Epoch) -> int:
         """Blocks kept free at an admission, so that running sequences do not at once preempt the newcomer."""
@@ -132,6 +145,7 @@ class Scheduler:
 
     def _seat(self, epoch: Epoch, plan: StepPlan, request: Request, hits: list[int], now: float) -> None:
         slot = epoch.seat(request, hits)
+        request.prompt_logprobs.clear()
         plan.new_sequences.append(new_sequence(request, slot, epoch.blocks.table(slot), request.num_prefilled))
         if not request.started:
             request.cached_tokens = request.num_prefilled
@@ -151,7 +165,10 @@ class Scheduler:
         plan.digests.update(request.block_digests[start // block_size : request.num_prefilled // block_size])
         if samples:
             epoch.prefilling.remove(request)
-            epoch.joining.append(request)
+            if request.constraint is None:
+                epoch.joining.append(request)
+            else:
+                self._sample_under_mask(epoch, plan, request)
         self._pool.counters.prefill_tokens += count
         return count
 
@@ -159,6 +176,7 @@ class Scheduler:
 
     def _decode(self, epoch: Epoch, plan: StepPlan) -> bool:
         """Plan a step, or several, of the whole decode set; returns whether a request was preempted for it."""
+        masked = self._join_masked(epoch)
         iterations = self._iterations(epoch)
         any_preempted = False
         slots, lacking = epoch.decode_set.blocks_short(epoch.blocks.table_lens, epoch.blocks.block_size, iterations)
@@ -168,7 +186,44 @@ class Scheduler:
                 any_preempted |= self._append_block(epoch, plan, request)
         if epoch.decode_set:
             plan.iterations = iterations
+        for request in masked:
+            if request.slot is not None:
+                self._sample_under_mask(epoch, plan, request)
         return any_preempted
+
+    def _awaits_masks(self, epoch: Epoch) -> bool:
+        """Whether the next plan should be a little later, and hold requests whose masks are being computed.
+
+        Only where all of it is decode steps, and the plans in flight keep the device busy until the masks are there.
+        """
+        if not epoch.decode_set or not epoch.num_plans_in_flight or self._pool.waiting or epoch.prefilling:
+            return False
+        is_due = any(request.mask is None for request in epoch.constrained)
+        return is_due and self._pool.mask_latency_ns < epoch.decode_step_ns / 2
+
+    def _join_masked(self, epoch: Epoch) -> list[Request]:
+        """Let the constrained requests decode whose last token and next mask are known; returns them.
+
+        Where there are no others, and no prompts come, they wait for each other: two half plans take longer than one.
+        """
+        ready = [
+            request
+            for request, num_known in epoch.constrained.items()
+            if request.mask is not None and len(request.token_ids) > num_known
+        ]
+        if not epoch.decode_set and epoch.stalled_since is None and len(ready) < len(epoch.constrained):
+            return []
+        for request in ready:
+            epoch.decode_set.join(request, len(request.token_ids) - 1)
+        return ready
+
+    def _sample_under_mask(self, epoch: Epoch, plan: StepPlan, request: Request) -> None:
+        """The plan samples the token after the known ones; unless it is the last one, another mask will follow."""
+        plan.sample_under_mask(request)
+        if len(request.token_ids) + 1 < request.max_total_tokens:
+            epoch.constrained[request] = len(request.token_ids)
+        else:
+            epoch.constrained.pop(request, None)
 
     def _append_block(self, epoch: Epoch, plan: StepPlan, request: Request) -> bool:
         """Extend the request's table by a block, preempting the last come until one is free.
@@ -187,8 +242,11 @@ class Scheduler:
         return any_preempted
 
     def _iterations(self, epoch: Epoch) -> int:
-        """Decode steps for one plan: several only while nothing waits, blocks suffice and the steps are short."""
-        if self._pool.waiting or epoch.prefilling or not epoch.decode_step_ns:
+        """Decode steps for one plan: several only while nothing waits, blocks suffice and the steps are short.
+
+        A mask holds for one step, and requests that wait for theirs would wait for all steps of a plan.
+        """
+        if self._pool.waiting or epoch.prefilling or epoch.constrained or not epoch.decode_step_ns:
             return 1
         iterations = int(MAX_ITERATED_NS / epoch.decode_step_ns)
         iterations = min(iterations, MAX_ITERATIONS, epoch.decode_set.min_remaining())
@@ -219,3 +277,7 @@ class Scheduler:
             epoch.blocks.publish(chunk.slot, request.block_digests, request.token_ids, first, last)
         if plan.iterations:
             epoch.leaving += epoch.decode_set.advance(plan.iterations)
+            for slot in plan.mask_slots:
+                if slot in epoch.decode_set:
+                    epoch.decode_set.discard(slot)
+                    epoch.leaving.append(epoch.running[slot])

@@ -11,7 +11,7 @@ from protos.duet.executor.v1 import executor_pb2_grpc as pb_grpc
 from scheduler_service.core.epoch import ExecutorLimits
 from scheduler_service.core.step_plan import StepPlan, StepResult, decode_result
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 64 << 20
 CHANNEL_OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # an executor is never behind one

@@ -3,19 +3,23 @@
 A result is read against the record of its step: the record says whose tokens they are, whatever has happened to the
 slots since. Tokens of a request that has ended are dropped; those of a preempted one are appended, and it may end
 while it waits; those that were computed from the blocks of a failed step are dropped too, and computed again.
+Log-probabilities are kept or dropped with the tokens to which they belong.
 """
 
 import numpy as np
 
 from scheduler_service.core.epoch import Epoch
+from scheduler_service.core.masks import allows, forget_mask
 from scheduler_service.core.prefix_cache import extend_digests
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.step_plan import StepRecord, StepResult
 from scheduler_service.errors import logged_internal_error
+from scheduler_service.ipc import PromptLogprobs, TokenLogprobs
 
 FINISH_REASON_STOP = 1  # as in StepResult.finish_reasons and in inference.proto's FinishReason
 STEP_TIME_SMOOTHING = 0.2
+_ITEM_BYTES = 4  # of int32 and float32
 
 
 def apply_result(pool: RequestPool, result: StepResult) -> None:
@@ -24,9 +28,16 @@ def apply_result(pool: RequestPool, result: StepResult) -> None:
     assert epoch is not None
     record = epoch.records[0]
     assert result.step_id == record.step_id, f"result of step {result.step_id} where {record.step_id} is due"
+    requests = _requests_of(record, result)
+    if result.prompt_logprobs:
+        _keep_prompt_logprobs(record, result)
+    if record.prefilled:
+        _note_first_tokens(requests, pool.clock())
+    if result.logprob_ranks:
+        _send_logprobs(requests, result)
     slots = result.slots.tolist()
     tokens, reasons = result.token_ids.tolist(), result.finish_reasons.tolist()
-    for slot, request, token, reason in zip(slots, _requests_of(record, result), tokens, reasons, strict=True):
+    for slot, request, token, reason in zip(slots, requests, tokens, reasons, strict=True):
         if request.state is not RequestState.FINISHED and not request.spoiled:
             _accept_token(pool, epoch, request, slot, token, reason)
             pool.counters.output_tokens += 1
@@ -50,6 +61,64 @@ def _holders(record: StepRecord) -> dict[int, Request]:
     return record.prefilled | dict(zip(record.decode_slots.tolist(), record.decode_requests, strict=True))
 
 
+def _counts(request: Request) -> bool:
+    """Whether what was computed for the request is to be told."""
+    return request.state is not RequestState.FINISHED and not request.spoiled
+
+
+def _keep_prompt_logprobs(record: StepRecord, result: StepResult) -> None:
+    """Gather the parts of prompts that the result brings."""
+    holders = _holders(record)
+    for part in result.prompt_logprobs:
+        request = holders[part.slot]
+        if _counts(request):
+            request.prompt_logprobs.append(part)
+
+
+def _note_first_tokens(requests: list[Request], now: float) -> None:
+    """Prepare for the first tokens among those of `requests`: before them goes what was asked of the prompt."""
+    for request in requests:
+        if request.first_token_time is None and _counts(request):
+            request.first_token_time = now
+            if request.num_prompt_logprobs:
+                _send_prompt_logprobs(request)
+
+
+def _send_prompt_logprobs(request: Request) -> None:
+    parts, width = request.prompt_logprobs, request.num_prompt_logprobs
+    position = 1
+    for part in parts:
+        assert part.start == position, f"log-probabilities from position {part.start}, where {position} is due"
+        position += len(part.ranks) // _ITEM_BYTES
+    assert position == request.num_prompt_tokens, f"log-probabilities up to position {position} of the prompt"
+    request.outbox.prompt_logprobs.append(
+        PromptLogprobs(
+            stream=request.stream,
+            token_ids=b"".join(part.token_ids for part in parts),
+            logprobs=b"".join(part.logprobs for part in parts),
+            ranks=b"".join(part.ranks for part in parts),
+            width=width,
+        )
+    )
+    request.num_prompt_logprobs = 0
+    request.prompt_logprobs = []
+
+
+def _send_logprobs(requests: list[Request], result: StepResult) -> None:
+    """Cut the columns, which hold as many numbers for each row as its request asked for."""
+    ranks = np.frombuffer(result.logprob_ranks, dtype="<i4").tolist()
+    begin, num_read = 0, 0
+    for request in requests:
+        if not request.num_logprobs:
+            continue
+        end = begin + request.num_logprobs * _ITEM_BYTES
+        if _counts(request):
+            token_ids, logprobs = result.logprob_token_ids[begin:end], result.logprobs[begin:end]
+            request.outbox.logprobs.append(TokenLogprobs(request.stream, token_ids, logprobs, ranks[num_read]))
+        begin, num_read = end, num_read + 1
+    assert (begin, num_read) == (len(result.logprobs), len(ranks)), "log-probabilities of other rows than asked for"
+
+
 def _accept_token(pool: RequestPool, epoch: Epoch, request: Request, slot: int, token: int, reason: int) -> None:
     token_ids = request.token_ids
     token_ids.append(token)
@@ -57,8 +126,13 @@ def _accept_token(pool: RequestPool, epoch: Epoch, request: Request, slot: int, 
     request.outbox.token_ids.append(token)
     if (len(token_ids) - 1) % epoch.blocks.block_size == 0:
         _publish_last_block(epoch, request, slot)
-    if reason:
+    if request.constraint is not None and not allows(request, token):
+        cause = f"request {request.request_id}: the executor sampled token {token}, which the mask forbids"
+        pool.fail(request, logged_internal_error(cause))
+    elif reason:
         pool.finish(request, reason, token if reason == FINISH_REASON_STOP else None)
+    elif request.constraint is not None:
+        forget_mask(pool, request)
 
 
 def _publish_last_block(epoch: Epoch, request: Request, slot: int) -> None:

@@ -48,6 +48,8 @@ class StepPlan:
     join_slots: list[int] = dataclasses.field(default_factory=list)
     leave_slots: list[int] = dataclasses.field(default_factory=list)
     iterations: int = 0
+    mask_slots: list[int] = dataclasses.field(default_factory=list)
+    masks: list[Column] = dataclasses.field(default_factory=list)  # little-endian, one for each of mask_slots
     digests: set[bytes] = dataclasses.field(default_factory=set)  # of the prefixes whose blocks the chunks complete
 
     def encode(self, epoch: int) -> pb.StepPlan:
@@ -66,29 +68,61 @@ class StepPlan:
             join_slots=column(self.join_slots),
             leave_slots=column(self.leave_slots),
             iterations=self.iterations,
+            mask_slots=column(self.mask_slots),
+            masks=b"".join([mask.data for mask in self.masks]),
         )
+
+    def sample_under_mask(self, request: Request) -> None:
+        """The constrained request samples in this plan."""
+        assert request.slot is not None
+        assert request.mask is not None
+        self.mask_slots.append(request.slot)
+        self.masks.append(request.mask)
+
+
+def float_column(values: Sequence[float]) -> bytes:
+    """Numbers as a little-endian float32 column of executor.proto."""
+    return np.array(values, dtype="<f4").tobytes()
 
 
 def new_sequence(request: Request, slot: int, blocks: Column, num_cached_tokens: int) -> pb.NewSequence:
     """What the executor is told of a request that takes a slot."""
-    sampling = request.sampling
     return pb.NewSequence(
         slot=slot,
         token_ids=column(request.token_ids),
         num_prompt_tokens=request.num_prompt_tokens,
         num_cached_tokens=num_cached_tokens,
         block_ids=blocks.astype("<i4", copy=False).tobytes(),
-        sampling=pb.SamplingParams(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            seed=sampling.seed,
-            choice_index=0,
-        ),
+        sampling=_sampling_params(request),
         stop_token_ids=column(request.stop_token_ids),
         max_total_tokens=request.max_total_tokens,
     )
+
+
+def _sampling_params(request: Request) -> pb.SamplingParams:
+    sampling = request.sampling
+    params = pb.SamplingParams(
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        seed=sampling.seed,
+        choice_index=request.choice_index,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        bias_token_ids=column(list(sampling.logit_bias)),
+        bias_values=float_column(list(sampling.logit_bias.values())),
+        num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs,
+    )
+    if request.constraint is None:  # masks say which tokens are allowed otherwise
+        params.allowed_token_ids = column(sampling.allowed_token_ids)
+        params.banned_token_ids = column(sampling.banned_token_ids)
+        if sampling.min_tokens:
+            params.min_total_tokens = request.num_prompt_tokens + sampling.min_tokens
+            params.end_token_ids = column(request.end_token_ids)
+    return params
 
 
 @dataclasses.dataclass(slots=True)
@@ -117,6 +151,10 @@ class StepResult:
     finish_reasons: Column  # [num_sampled]
     slot_errors: list[tuple[int, str]]
     device_time_ns: int
+    logprob_token_ids: bytes
+    logprobs: bytes
+    logprob_ranks: bytes
+    prompt_logprobs: Sequence[pb.PromptLogprobs]
 
 
 def decode_result(message: pb.StepResult) -> StepResult:
@@ -129,4 +167,8 @@ def decode_result(message: pb.StepResult) -> StepResult:
         finish_reasons=np.frombuffer(message.finish_reasons, dtype="<i4"),
         slot_errors=[(error.slot, error.message) for error in message.slot_errors],
         device_time_ns=message.device_time_ns,
+        logprob_token_ids=message.logprob_token_ids,
+        logprobs=message.logprobs,
+        logprob_ranks=message.logprob_ranks,
+        prompt_logprobs=message.prompt_logprobs,
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from scheduler_service import errors, ipc
 from scheduler_service.errors import DuetError, ExecutorUnavailable, logged_internal_error
+from scheduler_service.frontend.kv_subscription import KvSubscription
 from scheduler_service.frontend.streams import TokenStream
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class CoreClient:
         self._path = path
         self._writer: asyncio.StreamWriter | None = None
         self._streams: dict[int, TokenStream] = {}
+        self._subscriptions: dict[int, KvSubscription] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._count = itertools.count()
 
@@ -69,17 +71,41 @@ class CoreClient:
         except TimeoutError:
             raise ExecutorUnavailable("no executor has connected yet", retry_after_s=_RETRY_AFTER_S) from None
 
-    def open_stream(self) -> TokenStream:
-        """A stream for one Submit; `close_stream` ends it. Raises: ExecutorUnavailable without a connection."""
+    def open_streams(self, count: int, news: asyncio.Event) -> list[TokenStream]:
+        """Streams for the choices of one Submit, `news` set by each; `close_stream` ends one.
+
+        Raises: ExecutorUnavailable without a connection.
+        """
         self._connected_writer()
-        stream = TokenStream(self._next_number())
-        self._streams[stream.number] = stream
-        return stream
+        streams = [TokenStream(self._next_number(), news) for _ in range(count)]
+        self._streams.update((stream.number, stream) for stream in streams)
+        return streams
+
+    def stop_stream(self, stream: TokenStream) -> None:
+        """Tell the core that a stop string was completed, where the stream has not ended; its end comes as ever."""
+        if stream.number in self._streams and self._writer is not None:
+            self._writer.write(ipc.encode_frame(ipc.Stop(stream.number)))
 
     def close_stream(self, stream: TokenStream) -> None:
         """Forget a stream, and tell the core where it had not ended."""
         if self._streams.pop(stream.number, None) is not None and self._writer is not None:
             self._writer.write(ipc.encode_frame(ipc.Abandon(stream.number)))
+
+    def subscribe_kv(self) -> KvSubscription:
+        """Hear what the prefix cache holds and how it changes, until `unsubscribe_kv`.
+
+        Raises: ExecutorUnavailable without a connection.
+        """
+        writer = self._connected_writer()
+        subscription = KvSubscription(self._next_number())
+        self._subscriptions[subscription.number] = subscription
+        writer.write(ipc.encode_frame(ipc.KvSubscribe(subscription.number)))
+        return subscription
+
+    def unsubscribe_kv(self, subscription: KvSubscription) -> None:
+        """Hear nothing more."""
+        if self._subscriptions.pop(subscription.number, None) is not None and self._writer is not None:
+            self._writer.write(ipc.encode_frame(ipc.KvUnsubscribe(subscription.number)))
 
     async def send(self, message: ipc.FrontendMessage) -> None:
         """Write one message and wait while the socket is full. Raises: ExecutorUnavailable without a connection."""
@@ -140,6 +166,9 @@ class CoreClient:
                 future = self._calls.get(message.call)
                 if future is not None and not future.done():
                     future.set_result(message)
+            case ipc.KvEvents():
+                if subscription := self._subscriptions.get(message.subscription):
+                    subscription.push(message)
 
     def _apply(self, outputs: ipc.Outputs) -> None:
         """Hand one step's news to the streams; those of streams closed meanwhile have nowhere to go."""
@@ -147,6 +176,8 @@ class CoreClient:
         for started in outputs.started:
             if stream := streams.get(started.stream):
                 stream.start(started)
+        if outputs.logprobs or outputs.prompt_logprobs:
+            self._apply_logprobs(outputs)
         numbers = np.frombuffer(outputs.streams, dtype="<i4").tolist()
         token_ids = np.frombuffer(outputs.token_ids, dtype="<i4").tolist()
         for number, token_id in zip(numbers, token_ids, strict=True):
@@ -154,15 +185,26 @@ class CoreClient:
                 stream.push(token_id)
         for finished in outputs.finished:
             if stream := streams.pop(finished.stream, None):
-                stream.end(finished)
+                stream.finish(finished)
         for failed in outputs.failed:
             if stream := streams.pop(failed.stream, None):
-                stream.end(_error_of(failed))
+                stream.finish(_error_of(failed))
+
+    def _apply_logprobs(self, outputs: ipc.Outputs) -> None:
+        for prompt_logprobs in outputs.prompt_logprobs:
+            if stream := self._streams.get(prompt_logprobs.stream):
+                stream.prompt_logprobs = prompt_logprobs
+        for logprobs in outputs.logprobs:
+            if stream := self._streams.get(logprobs.stream):
+                stream.logprobs.append(logprobs)
 
     def _fail_all(self) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.end(_core_lost())
+            stream.finish(_core_lost())
+        subscriptions, self._subscriptions = self._subscriptions, {}
+        for subscription in subscriptions.values():
+            subscription.end()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(_core_lost())

@@ -13,9 +13,11 @@ from grpc_reflection.v1alpha import reflection
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.frontend.address import check_address
 from scheduler_service.frontend.core_client import CoreClient
+from scheduler_service.frontend.generation import Generator
 from scheduler_service.frontend.health import HealthServicer
 from scheduler_service.frontend.service import SERVICE_NAME, InferenceService
 from scheduler_service.frontend.tokenizer import load_model_tokenizer
+from scheduler_service.gateway import vllm_engine
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +44,16 @@ class FrontendServer:
         # Without it two servers on one port fail; front ends of one service are told apart by nobody, and share it.
         shares_port = config.num_frontends is not None and config.num_frontends > 1
         self._server = grpc.aio.server(options=(*_OPTIONS, ("grpc.so_reuseport", int(shares_port))))
-        service = InferenceService(self.core, tokenizer, max_pause_s=config.max_pause_s)
+        generator = Generator(self.core, tokenizer, max_pause_s=config.max_pause_s)
+        service = InferenceService(self.core, tokenizer, generator)
         self._server.add_generic_rpc_handlers((service.handler(),))
+        names = (SERVICE_NAME,)
+        if engine := vllm_engine(self.core, generator, tokenizer, Path(config.model)):
+            self._server.add_generic_rpc_handlers((engine.handler(),))
+            names = (SERVICE_NAME, engine.name)
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self.core, (SERVICE_NAME,)), self._server)
-        reflection.enable_server_reflection((SERVICE_NAME, health_name, reflection.SERVICE_NAME), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(HealthServicer(self.core, names), self._server)
+        reflection.enable_server_reflection((*names, health_name, reflection.SERVICE_NAME), self._server)
         if not shares_port:
             check_address(config.listen)
         self.port = self._server.add_insecure_port(config.listen)

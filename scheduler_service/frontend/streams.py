@@ -1,7 +1,6 @@
-"""What a client has not been sent yet, one buffer per stream."""
+"""What a client has not been sent yet, one buffer per choice."""
 
 import asyncio
-import dataclasses
 
 from scheduler_service import ipc
 from scheduler_service.errors import DuetError
@@ -9,32 +8,26 @@ from scheduler_service.errors import DuetError
 End = ipc.Finished | DuetError
 
 
-@dataclasses.dataclass(frozen=True)
-class News:
-    """Everything that happened on a stream since the last look."""
-
-    started: ipc.Started | None
-    token_ids: list[int]
-    end: End | None
-
-
 class TokenStream:
-    """One request's events on their way from the core to a client.
+    """One choice's events on their way from the core to a client.
 
-    The core's side never waits. A client that is slow to drain finds all its unsent tokens in one News, so it costs
-    the memory of its own tokens and nothing else.
+    The core's side never waits. A client that is slow to drain finds all its unsent tokens together, so it costs the
+    memory of its own tokens and nothing else. The choices of a request share one `news`, set whenever one of them has
+    something to say.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, news: asyncio.Event) -> None:
         self.number = number  # the stream's name on the core's socket
-        self._started: ipc.Started | None = None
+        self.started: ipc.Started | None = None
+        self.prompt_logprobs: ipc.PromptLogprobs | None = None
+        self.logprobs: list[ipc.TokenLogprobs] = []  # of tokens in order; the reader removes those it has sent
+        self.end: End | None = None
         self._token_ids: list[int] = []
-        self._end: End | None = None
-        self._news = asyncio.Event()
+        self._news = news
 
     def start(self, started: ipc.Started) -> None:
-        """The request was admitted for the first time."""
-        self._started = started
+        """The choice was admitted for the first time."""
+        self.started = started
         self._news.set()
 
     def push(self, token_id: int) -> None:
@@ -42,15 +35,12 @@ class TokenStream:
         self._token_ids.append(token_id)
         self._news.set()
 
-    def end(self, end: End) -> None:
+    def finish(self, end: End) -> None:
         """Nothing follows."""
-        self._end = end
+        self.end = end
         self._news.set()
 
-    async def take(self) -> News:
-        """Wait for something to happen; returns all of it at once."""
-        await self._news.wait()
-        self._news.clear()
-        news = News(self._started, self._token_ids, self._end)
-        self._started, self._token_ids = None, []
-        return news
+    def take(self) -> list[int]:
+        """The tokens pushed since the last call."""
+        token_ids, self._token_ids = self._token_ids, []
+        return token_ids

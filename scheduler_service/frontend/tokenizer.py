@@ -1,7 +1,7 @@
 """What the front end knows of a model: its tokenizer, chat template and end-of-sequence tokens, out of its files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ class ModelTokenizer:
         if self.chat_template is None:
             raise InvalidRequest("the model has no chat template; send text or token_ids", field="chat")
         return self.chat_template.render(chat)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of all of `token_ids`."""
+        return self._pieces[skip_special_tokens].decode(token_ids)
+
+    def text_alone(self, token_id: int) -> str:
+        """What one token reads in the middle of others, special tokens too; U+FFFD for half a character."""
+        return self._pieces[False].text(token_id)
 
     def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
         """A fresh one, for one continuation."""

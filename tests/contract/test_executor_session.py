@@ -14,8 +14,9 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from executor_service.device import Followers
 from executor_service.plan import InvalidPlan, Limits, Plan
-from executor_service.runner.runner import CONTINUES, RunnerInfo, StepOutput
+from executor_service.runner.runner import CONTINUES, PromptLogprobs, RunnerInfo, StepLogprobs, StepOutput
 from executor_service.server import SERVICE, ListenError, serve
 from executor_service.session import MAX_INFLIGHT_PLANS, PROTOCOL_VERSION
 from protos.duet.executor.v1 import executor_pb2 as pb
@@ -124,10 +125,10 @@ class Core:
 
 
 @contextlib.asynccontextmanager
-async def running(runner: ScriptedRunner) -> AsyncIterator[Executor]:
+async def running(runner: ScriptedRunner, followers: Followers | None = None) -> AsyncIterator[Executor]:
     stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
     with ThreadPoolExecutor(1) as thread:
-        serving = asyncio.create_task(serve(runner, thread, "127.0.0.1:0", stop, listening.set_result))
+        serving = asyncio.create_task(serve(runner, thread, "127.0.0.1:0", stop, listening.set_result, followers))
         address = f"127.0.0.1:{await listening}"
         async with grpc.aio.insecure_channel(address) as channel:
             try:
@@ -163,7 +164,7 @@ async def test_executor_speaks_first_and_describes_itself(executor: Executor) ->
     assert info.boot_id
     info.boot_id = ""
     assert info == pb.ExecutorInfo(
-        protocol_version=1, architecture="TinyForCausalLM", model_digest="model", weights_digest="weights",
+        protocol_version=2, architecture="TinyForCausalLM", model_digest="model", weights_digest="weights",
         dtype="float32", device="a script", vocab_size=100, max_model_len=32, block_size=4, num_blocks=8, num_slots=4,
         max_tokens_per_step=16, graph_batch_sizes=[1, 2], tensor_parallel_size=1, max_inflight_plans=MAX_INFLIGHT_PLANS,
     )  # fmt: skip
@@ -330,6 +331,38 @@ async def test_results_come_in_step_order_partial_before_final(executor: Executo
     assert (first.epoch, first.token_ids, first.finish_reasons, first.device_time_ns) == (1, column(10), column(0), 7)
 
 
+async def test_log_probabilities_leave_as_columns_where_there_are_any() -> None:
+    step = StepLogprobs(
+        np.array([3, 3, 99], dtype=np.int32), np.array([-0.5, -0.5, -2], dtype=np.float32), np.array([1], np.int32)
+    )
+    prompts = [
+        PromptLogprobs(
+            slot, 1, np.array([slot, 5], np.int32), np.array([-7, -0.25], np.float32), np.array([8], np.int32)
+        )
+        for slot in (2, 0)
+    ]
+
+    class Reporting(ScriptedRunner):
+        def execute(self, plan: Plan) -> Iterator[StepOutput]:
+            for output in super().execute(plan):
+                is_first = output.step_id == 1
+                yield dataclasses.replace(output, logprobs=step, prompt_logprobs=prompts) if is_first else output
+
+    async with running(Reporting()) as executor:
+        core = await executor.connect().open()
+        await core.plan(1)
+        await core.plan(2)
+        first, second = [await core.result() for _ in range(2)]
+    assert (first.logprob_token_ids, first.logprob_ranks) == (column(3, 3, 99), column(1))
+    assert np.frombuffer(first.logprobs, dtype="<f4").tolist() == [-0.5, -0.5, -2]
+    assert [(part.slot, part.start, part.token_ids, part.ranks) for part in first.prompt_logprobs] == [
+        (2, 1, column(2, 5), column(8)), (0, 1, column(0, 5), column(8))
+    ]  # fmt: skip
+    assert [np.frombuffer(part.logprobs, "<f4").tolist() for part in first.prompt_logprobs] == [[-7, -0.25]] * 2
+    assert (second.logprob_token_ids, second.logprobs, second.logprob_ranks) == (b"", b"", b"")
+    assert not second.prompt_logprobs
+
+
 async def test_one_plan_of_k_iterations_gives_k_results_and_uses_up_k_step_ids(executor: Executor) -> None:
     core = await executor.connect().open()
     await core.plan(1, iterations=5, join_slots=column(2))
@@ -426,6 +459,11 @@ NEW = {"slot": 0, "token_ids": column(1, 2), "num_prompt_tokens": 2, "block_ids"
         ({"new_sequences": [pb.NewSequence(**{**NEW, "num_cached_tokens": 2})]}, "cached"),
         ({"new_sequences": [pb.NewSequence(**{**NEW, "block_ids": b""})]}, "blocks"),
         ({"new_sequences": [pb.NewSequence(**{**NEW, "max_total_tokens": 33})]}, "max_total_tokens"),
+        (
+            {"new_sequences": [pb.NewSequence(**NEW, sampling=pb.SamplingParams(presence_penalty=float("nan")))]},
+            "presence_penalty",
+        ),
+        ({"mask_slots": column(0)}, "masks"),
     ],
 )
 async def test_a_malformed_plan_is_an_invalid_argument_that_names_the_field(

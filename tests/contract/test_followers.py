@@ -1,15 +1,10 @@
 """What the session hands on to the other ranks: all that rank 0 runs, directly before it, and nothing else."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-
-import grpc
 
 from executor_service.plan import Plan
 from executor_service.runner.runner import StepOutput
-from executor_service.server import serve
 from protos.duet.executor.v1 import executor_pb2 as pb
 from tests.contract.test_executor_session import (
     Code,
@@ -18,6 +13,7 @@ from tests.contract.test_executor_session import (
     break_second,
     column,
     refuse_second,
+    running,
     until,
 )
 
@@ -39,18 +35,9 @@ class Followers:
 @contextlib.asynccontextmanager
 async def leading(runner: ScriptedRunner) -> AsyncIterator[tuple[Executor, Followers]]:
     """An executor whose other ranks are `Followers`."""
-    stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
     followers = Followers(runner)
-    with ThreadPoolExecutor(1) as thread:
-        serving = asyncio.create_task(serve(runner, thread, "127.0.0.1:0", stop, listening.set_result, followers))
-        address = f"127.0.0.1:{await listening}"
-        async with grpc.aio.insecure_channel(address) as channel:
-            try:
-                yield Executor(runner, address, channel, serving, stop), followers
-            finally:
-                runner.gate.set()
-                stop.set()
-                await serving
+    async with running(runner, followers) as executor:
+        yield executor, followers
 
 
 async def test_each_job_is_sent_directly_before_it_runs_and_plans_as_they_came() -> None:

@@ -29,14 +29,14 @@ def test_generate_reads_a_prompt_from_standard_input_and_prints_json(server: Sys
 
 def test_failure_is_one_sentence_and_an_exit_status(server: System) -> None:
     nowhere = free_address()
-    for args, sentence in (
-        (("generate", "", "--address", server.address), "the prompt is empty"),
-        (("generate", "Hi", "--top-p", "2", "--address", server.address), "top_p must be"),
-        (("generate", "Hi", "--address", nowhere), f"no connection to {nowhere}"),
-        (("status", "--json", "--address", nowhere), f"no connection to {nowhere}"),
+    for args, status, sentence in (
+        (("generate", "", "--address", server.address), 1, "the prompt is empty"),
+        (("generate", "Hi", "--top-p", "2", "--address", server.address), 1, "top_p must be"),
+        (("generate", "Hi", "--address", nowhere), 3, f"no connection to {nowhere}"),
+        (("status", "--json", "--address", nowhere), 3, f"no connection to {nowhere}"),
     ):
         done = duet(*args)
-        assert (done.returncode, done.stdout) == (1, "")
+        assert (done.returncode, done.stdout) == (status, "")
         assert re.fullmatch(rf"duet: .*{re.escape(sentence)}.*\n", done.stderr), done.stderr
 
 
@@ -96,7 +96,8 @@ def test_chat_at_a_terminal_stops_an_answer_at_ctrl_c_and_leaves_at_ctrl_d(serve
             terminal.type("Hello\n")
             wait_until(lambda: server.load().running_requests == 1)
             chat.send_signal(signal.SIGINT)
-            terminal.read_until(" [stopped]\n> ")
+            terminal.read_until(" [stopped]\n")
+            terminal.read_until("> ")
             server.wait_idle()
             terminal.type("\x04")
             assert chat.wait() == 0

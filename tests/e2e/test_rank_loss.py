@@ -52,6 +52,7 @@ class Executor:
         )
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self.seen: set[int] = {self._service, *self.ranks()}
+        self._served_at = time.monotonic()
 
     def close(self) -> None:
         self._client.close()
@@ -92,6 +93,11 @@ class Executor:
                 return False
 
         wait_until(is_ready)
+        self._served_at = time.monotonic()
+
+    def wait_until_stable(self) -> None:
+        """Return once a kill is no failed start any more."""
+        time.sleep(max(0.0, self._served_at + STABLE_S - time.monotonic()))
 
 
 def generate(llm: LLM) -> list[dict[str, Any]]:
@@ -128,7 +134,7 @@ def run_cycles(model: Path, seed: int) -> tuple[list[float], int]:
         executor = Executor(llm, model)
         undisturbed = [output["token_ids"] for output in generate(llm)]
         for _ in range(CYCLES):
-            time.sleep(STABLE_S)
+            executor.wait_until_stable()
             streams = thread.submit(generate, llm)
             load_s, delay_s = run_cycle(executor, rng, load_s)
             delays.append(delay_s)

@@ -6,24 +6,23 @@ from pathlib import Path
 
 def descendants(module: str, model: str) -> list[int]:
     """Ids of the living descendants of this process that run `python -m module --model model`."""
-    parents: dict[int, int] = {}
-    running: list[int] = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-            command = (entry / "cmdline").read_bytes().split(b"\0")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        parents[int(entry.name)] = int(parent)
-        if state != "Z" and {module.encode(), model.encode()} <= set(command):
-            running.append(int(entry.name))
-    return [pid for pid in running if _is_descendant(pid, parents)]
+    wanted = {module.encode(), model.encode()}
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and wanted <= _command(name) and _is_ours(name)]
 
 
-def _is_descendant(pid: int, parents: dict[int, int]) -> bool:
-    while pid := parents.get(pid, 0):
-        if pid == os.getpid():
-            return True
-    return False
+def _command(pid: str) -> set[bytes]:
+    """The arguments of a process; none where it has ended."""
+    try:
+        return set(Path("/proc", pid, "cmdline").read_bytes().split(b"\0"))
+    except (FileNotFoundError, ProcessLookupError):
+        return set()
+
+
+def _is_ours(pid: str) -> bool:
+    """Whether a process descends from this one; False where it has ended meanwhile."""
+    try:
+        while pid not in ("0", str(os.getpid())):
+            pid = Path("/proc", pid, "stat").read_text().rpartition(")")[2].split()[1]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return pid != "0"

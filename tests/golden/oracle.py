@@ -1,26 +1,23 @@
 """What transformers generates greedily in fp32, and how sure it is of each token.
 
-`oracle` is a session's fixture (import it in a conftest.py). It always generates as many tokens as it is asked for:
+The session's fixture `oracle` is one for the default model. It always generates as many tokens as it is asked for:
 compare with `ignore_eos`, or cut the reference after its first stop token.
 """
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from executor_service.weights.default_model import default_model, models_directory
-
 NEAR_TIE = 1e-3  # logits; batches of other shapes moved a gap by less than 1e-4
-SHORT = 64  # tokens of a prompt that is generated in one batch with others
+SHORT = 64  # tokens of a prompt that shares a batch with whatever is as short
+LEAST = 64  # tokens that an answer holds, so that who asks for fewer shares it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +28,10 @@ class Reference:
     tokens: list[int]
     runners_up: list[int]  # the token of the second best logit
     gaps: list[float]  # best logit less second best
+
+    def first(self, num_tokens: int) -> "Reference":
+        """The same, cut short."""
+        return Reference(self.prompt, self.tokens[:num_tokens], self.runners_up[:num_tokens], self.gaps[:num_tokens])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,16 +56,14 @@ class Oracle:
         return self.generate_all([prompt], num_tokens)[0]
 
     def generate_all(self, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Reference]:
-        """The same for several prompts, in their order; short ones share a batch, which takes a fifth of the time."""
-        missing = [list(prompt) for prompt in prompts if not self._path(prompt, num_tokens).is_file()]
-        batches = [[prompt] for prompt in missing if len(prompt) > SHORT]
-        if short := [prompt for prompt in missing if len(prompt) <= SHORT]:
-            batches.append(short)
-        for batch in batches:
-            for reference in self._generate(batch, num_tokens):
-                path = self._path(reference.prompt, num_tokens)
+        """The same for several prompts, in their order; like ones share a batch, which takes a fifth of the time."""
+        at_least = max(num_tokens, LEAST)
+        for batch in _batches([list(prompt) for prompt in prompts if not self._path(prompt, at_least).is_file()]):
+            for reference in self._generate(batch, at_least):
+                path = self._path(reference.prompt, at_least)
                 path.write_text(json.dumps(dataclasses.asdict(reference)))
-        return [Reference(**json.loads(self._path(prompt, num_tokens).read_text())) for prompt in prompts]
+        answers = [json.loads(self._path(prompt, at_least).read_text()) for prompt in prompts]
+        return [Reference(**answer).first(num_tokens) for answer in answers]
 
     def _path(self, prompt: Sequence[int], num_tokens: int) -> Path:
         key = json.dumps([str(self.model), list(prompt), num_tokens])
@@ -96,6 +95,17 @@ class Oracle:
         return [Reference(*column) for column in columns]
 
 
+def _batches(prompts: list[list[int]]) -> list[list[list[int]]]:
+    """Prompts of about the same length together, so that there is little padding to compute."""
+    batches: list[list[list[int]]] = []
+    for prompt in sorted(prompts, key=len):
+        if batches and len(prompt) <= max(SHORT, 2 * len(batches[-1][0])):
+            batches[-1].append(prompt)
+        else:
+            batches.append([prompt])
+    return batches
+
+
 def assert_same_tokens(ours: Sequence[int], reference: Reference, oracle: Oracle, name: str = "") -> list[NearTie]:
     """Fail unless `ours` is the reference's continuation; returns, and prints, the places that were forgiven.
 
@@ -118,9 +128,3 @@ def assert_same_tokens(ours: Sequence[int], reference: Reference, oracle: Oracle
             rest = oracle.generate([*reference.prompt, *ours[:done]], len(ours) - done)
             tokens[done:], runners_up[done:], gaps[done:] = rest.tokens, rest.runners_up, rest.gaps
     return ties
-
-
-@pytest.fixture(scope="session")
-def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
-    """The oracle for the default model."""
-    return Oracle(default_model(models_directory(os.environ)), tmp_path_factory.mktemp("oracle"))

@@ -3,18 +3,20 @@
 On several ranks it is less of everything, of the default model's layers too: there a step waits for messages above all.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from duet import LLM, Client, SamplingParams
+from duet import LLM, AsyncClient, Client, Output, SamplingParams
 from tests.golden.oracle import NearTie, Oracle, Reference, assert_same_tokens
 from tests.golden.prompts import prompt_token_ids
 
@@ -32,6 +34,8 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module", params=NUM_TOKENS, ids="ranks-{}".format)
 def num_ranks(request: pytest.FixtureRequest) -> int:
+    if torch.cuda.is_available() and torch.cuda.device_count() < request.param:
+        pytest.skip(f"{request.param} ranks need as many GPUs")
     return request.param
 
 
@@ -84,23 +88,38 @@ def start(num_ranks: int, standard: Oracle) -> Callable[..., LLM]:
 
 @pytest.fixture(scope="module")
 def plain(start: Callable[..., LLM]) -> Iterator[LLM]:
-    with start(num_blocks=256) as llm:
+    """Two plans in flight. Scenarios share it, each with a salt of its own: none finds what another has cached."""
+    with start(num_blocks=256, max_inflight_steps=2) as llm:
         yield llm
 
 
 @pytest.fixture(scope="module")
-def seeded_tokens(standard: Oracle, seeded: SamplingParams, prompts: dict[str, list[int]]) -> list[list[int]]:
+def few_layers_on_one_rank(few_layers: Oracle) -> Iterator[LLM]:
+    with LLM(str(few_layers.model), dtype="float32", num_blocks=256) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def seeded_tokens(
+    num_ranks: int, seeded: SamplingParams, prompts: dict[str, list[int]], request: pytest.FixtureRequest
+) -> list[list[int]]:
     """What the seeded request gives when each prompt runs alone on one rank: the measure of all other scenarios."""
-    with LLM(str(standard.model), dtype="float32", num_blocks=256) as llm:
-        return [generate(llm, [prompt], seeded)[0]["token_ids"] for prompt in first(prompts)]
+    llm = request.getfixturevalue("plain" if num_ranks == 1 else "few_layers_on_one_rank")
+    return [generate(llm, [prompt], seeded, salt="undisturbed")[0].token_ids for prompt in first(prompts)]
 
 
 def first(prompts: dict[str, list[int]]) -> list[list[int]]:
     return list(prompts.values())[:SAMPLED_PROMPTS]
 
 
-def generate(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams) -> list[dict[str, Any]]:
-    return llm.generate(list(prompts), params, use_tqdm=False)
+def generate(llm: LLM, prompts: Sequence[list[int]], params: SamplingParams, *, salt: str = "") -> list[Output]:
+    """All prompts at once, which share cached prefixes with those of the same salt."""
+
+    async def generate_all() -> list[Output]:
+        async with AsyncClient(llm.address) as client:
+            return await asyncio.gather(*(client.generate(prompt, params, cache_salt=salt) for prompt in prompts))
+
+    return asyncio.run(generate_all())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,20 +134,20 @@ class Checks:
     seeded_tokens: list[list[int]]
     tell: Callable[[str], None]
 
-    def compare(self, scenario: str, outputs: Sequence[dict[str, Any]]) -> None:
+    def compare(self, scenario: str, outputs: Sequence[Output]) -> None:
         """Greedy outputs, a prompt each, against transformers."""
         ties: list[NearTie] = []
         for output, (name, reference) in zip(outputs, self.references.items(), strict=True):
-            ties += assert_same_tokens(output["token_ids"], reference, self.standard, name)
+            ties += assert_same_tokens(output.token_ids, reference, self.standard, name)
         what = f"golden, {scenario}, {self.num_ranks} ranks"
         self.tell(f"{what}: {len(ties)} near ties forgiven in {len(outputs)} x {self.greedy.max_tokens} tokens")
 
-    def scenario(self, name: str, llm: LLM, prompts: dict[str, list[int]]) -> tuple[list[dict[str, Any]], ...]:
+    def scenario(self, name: str, llm: LLM, prompts: dict[str, list[int]]) -> tuple[list[Output], ...]:
         """All prompts at once: greedy against transformers, seeded against the undisturbed run; both outputs."""
-        outputs = generate(llm, list(prompts.values()), self.greedy)
+        outputs = generate(llm, list(prompts.values()), self.greedy, salt=name)
         self.compare(name, outputs)
-        sampled = generate(llm, first(prompts) * SAMPLED_COPIES, self.seeded)
-        assert [output["token_ids"] for output in sampled] == self.seeded_tokens * SAMPLED_COPIES
+        sampled = generate(llm, first(prompts) * SAMPLED_COPIES, self.seeded, salt=name)
+        assert [output.token_ids for output in sampled] == self.seeded_tokens * SAMPLED_COPIES
         return outputs, sampled
 
 
@@ -148,24 +167,29 @@ def checks(
 def test_each_prompt_alone_gives_the_tokens_of_transformers(
     plain: LLM, prompts: dict[str, list[int]], checks: Checks
 ) -> None:
-    checks.compare("alone", [generate(plain, [prompt], checks.greedy)[0] for prompt in prompts.values()])
+    outputs = [generate(plain, [prompt], checks.greedy, salt="alone")[0] for prompt in prompts.values()]
+    assert not any(output.cached_tokens for output in outputs)
+    checks.compare("alone", outputs)
 
 
 def test_a_warm_prefix_cache_changes_no_token(plain: LLM, prompts: dict[str, list[int]], checks: Checks) -> None:
-    generate(plain, list(prompts.values()), SamplingParams(temperature=0, max_tokens=1))
-    outputs, sampled = checks.scenario("warm prefix cache", plain, prompts)
+    name = "warm prefix cache"
+    generate(plain, list(prompts.values()), SamplingParams(temperature=0, max_tokens=1), salt=name)
+    outputs, sampled = checks.scenario(name, plain, prompts)
     for output in outputs + sampled:
-        assert output["cached_tokens"] == (output["prompt_tokens"] - 1) // BLOCK_SIZE * BLOCK_SIZE
-    assert sum(output["cached_tokens"] for output in outputs) > 0
-    assert sum(output["cached_tokens"] for output in sampled) > 0
+        assert output.cached_tokens == (output.prompt_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+    assert sum(output.cached_tokens for output in outputs) > 0
+    assert sum(output.cached_tokens for output in sampled) > 0
 
 
 @pytest.mark.parametrize("max_inflight_steps", [1, 2, 3])
 def test_all_at_once_with_plans_in_flight_changes_no_token(
-    max_inflight_steps: int, start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks
+    max_inflight_steps: int, plain: LLM, start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks
 ) -> None:
-    with start(num_blocks=256, max_inflight_steps=max_inflight_steps) as llm:
-        checks.scenario(f"all at once, {max_inflight_steps} plans in flight", llm, prompts)
+    started = start(num_blocks=256, max_inflight_steps=max_inflight_steps) if max_inflight_steps != 2 else None
+    with started or contextlib.nullcontext(plain) as llm:
+        outputs, _ = checks.scenario(f"all at once, {max_inflight_steps} plans in flight", llm, prompts)
+    assert not any(output.cached_tokens for output in outputs)
 
 
 def test_a_token_budget_of_sixteen_changes_no_token(
@@ -180,6 +204,6 @@ def test_preemption_changes_no_token(start: Callable[..., LLM], prompts: dict[st
         outputs, sampled = checks.scenario("so few blocks that requests are preempted", llm, prompts)
         with Client(llm.address) as client:
             load = client.server().load
-    assert sum(output["preemptions"] for output in outputs) > 0
-    assert sum(output["preemptions"] for output in sampled) > 0
+    assert sum(output.preemptions for output in outputs) > 0
+    assert sum(output.preemptions for output in sampled) > 0
     assert load.used_blocks == 0

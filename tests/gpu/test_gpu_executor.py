@@ -250,6 +250,18 @@ def test_a_ring_that_wraps_several_times_loses_no_step(runner: GpuRunner) -> Non
     assert run(runner, batch_plans(prompts, longest - 1, GREEDY, 64), len(prompts)) == tokens
 
 
+def test_a_steady_decode_step_allocates_nothing_on_the_device(runner: GpuRunner) -> None:
+    prompts, num_warm, num_steady = random_prompts(8, 40, seed=13), 20, 100
+    prefill, join, _ = batch_plans(prompts, 1 + num_warm + num_steady, SAMPLED, 64)
+    assert runner.info.graph_batch_sizes, "the steps replay graphs"
+    runner.reset()
+    run(runner, [prefill, join, plan(3, [], num_warm)], len(prompts))
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    tokens = run(runner, [plan(3 + num_warm, [], num_steady)], len(prompts))
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    assert [len(one) for one in tokens] == [num_steady] * len(prompts)
+
+
 def test_prefills_in_quick_succession_each_find_their_own_columns(runner: GpuRunner) -> None:
     prompts = random_prompts(30, 40, seed=11)
     runner.reset()

@@ -31,8 +31,13 @@ from tests.gpu.test_gpu_executor import (
 NUM_RANKS = 2
 ROOT = Path(__file__).parents[2]
 FREE = dataclasses.replace(SAMPLED, top_k=0, top_p=1.0, min_p=0.0)
+CHANGED = dataclasses.replace(SAMPLED, repetition_penalty=1.2, presence_penalty=0.8, num_logprobs=3)
+REPORTED = dataclasses.replace(FREE, num_logprobs=1, num_prompt_logprobs=2)
 STEPS = 40
-BATCHES = [(25, 0, GREEDY), (25, 1, SAMPLED), (25, 2, FREE), (1, 3, SAMPLED), (3, 4, GREEDY)]  # prompts, seed, sampling
+BATCHES = [
+    (25, 0, GREEDY), (25, 1, SAMPLED), (25, 2, FREE), (1, 3, SAMPLED), (3, 4, GREEDY), (25, 5, CHANGED),
+    (25, 6, REPORTED),
+]  # prompts, seed, sampling  # fmt: skip
 MODES = {
     "graphs": ({}, {}),
     "eager": ({"enforce_eager": True}, {}),

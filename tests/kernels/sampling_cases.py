@@ -54,3 +54,11 @@ def make_logits(shape: str, num_rows: int, vocab_size: int, seed: int) -> torch.
             return logits.round().sign() * torch.finfo(torch.float32).max
         case _:
             return logits
+
+
+def rule_out(logits: torch.Tensor, num_left: int, seed: int) -> torch.Tensor:
+    """The logits with -inf for all tokens of a row but `num_left` random ones, or nearly so many."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randint(logits.shape[1], (len(logits), num_left), generator=generator)
+    possible = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, left, True)
+    return logits.masked_fill(~possible, -torch.inf)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.generation import logits_process as theirs
 
 from kernels import reference
 from kernels.sampling import SamplingColumns, sample
-from tests.kernels.sampling_cases import by_reference, columns, make_logits, row_params, shapes
+from tests.kernels.sampling_cases import by_reference, columns, make_logits, row_params, rule_out, shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +27,50 @@ def test_tokens_are_those_of_the_full_sort(rows: list[dict], shape: str, vocab_s
     positions = torch.arange(len(rows)) * 1000 + seed % 1000
     params = columns(rows)
     assert sample(logits, params, positions).tolist() == by_reference(logits, params, positions).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=st.lists(row_params, min_size=1, max_size=5),
+    shape=shapes,
+    vocab_size=st.sampled_from([1, 2, 100, 256, 257, 1000, 5000]),
+    num_left=st.sampled_from([1, 1, 2, 30, 255, 256, 257, 600]),
+    seed=st.integers(0, 2**32),
+)
+def test_tokens_of_minus_infinity_are_never_chosen(
+    rows: list[dict], shape: str, vocab_size: int, num_left: int, seed: int
+) -> None:
+    logits = rule_out(make_logits(shape, len(rows), vocab_size, seed), num_left, seed)
+    positions, params = torch.arange(len(rows)) * 1000 + seed % 1000, columns(rows)
+    tokens = sample(logits, params, positions)
+    assert bool(logits.gather(1, tokens[:, None]).isfinite().all())
+    assert tokens.tolist() == by_reference(logits, params, positions).tolist()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    temperature=st.sampled_from([0.1, 0.7, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 7, 50, 400]),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 0.99, 1.0]),
+    min_p=st.sampled_from([0.0, 0.01, 0.1, 1.0]),
+    seed=st.integers(0, 2**32),
+)
+def test_tokens_are_drawn_from_what_transformers_warpers_keep(
+    temperature: float, top_k: int, top_p: float, min_p: float, seed: int
+) -> None:
+    logits, position = make_logits("normal", 1, 300, seed) * 2, torch.tensor([5])
+    warpers = [theirs.TemperatureLogitsWarper(temperature)]
+    warpers += [theirs.TopKLogitsWarper(top_k)] if top_k else []
+    warpers += [theirs.TopPLogitsWarper(top_p)] if top_p < 1 else []
+    warpers += [theirs.MinPLogitsWarper(min_p)] if min_p else []
+    scores = logits
+    for warper in warpers:
+        scores = warper(torch.zeros(1, 1, dtype=torch.int64), scores)  # pyright: ignore
+    row = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    params = columns([row])
+    noise = reference.gumbel_noise(params.seed, params.choice_index, position, torch.arange(300))
+    expected = (scores.double() + noise).argmax(-1)
+    assert sample(logits, params, position).tolist() == expected.tolist()
 
 
 @settings(max_examples=50, deadline=None)

@@ -1,6 +1,7 @@
 """The CPU sampler over shards of the vocabulary: on every rank the tokens of the whole rows, from a few numbers."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import reference
-from kernels.sampling import SamplingColumns, VocabularyShard, sample
+from kernels.sampling import WHOLE_VOCABULARY, SamplingColumns, VocabularyShard, gather_rows, sample
 from tests.kernels.sampling_cases import by_reference, columns, make_logits, row_params, shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,30 +40,40 @@ class Exchange:
         self._gathered = torch.cat(self._parts, dim=1)
 
 
-def sample_in_shards(
-    logits: Tensor, cuts: list[int], of: SamplingColumns, positions: Tensor
-) -> tuple[list[int], list[list[int]]]:
-    """The tokens on which all ranks agree, and what each of them gave for it. cuts: where a new shard begins."""
+def on_ranks(
+    logits: Tensor, cuts: list[int], run: Callable[[Tensor, VocabularyShard], Tensor]
+) -> tuple[list[Tensor], list[list[int]]]:
+    """What `run` returns on each rank for its shard, and the parts that each of them gave for it.
+
+    cuts: where a new shard begins.
+    """
     shards = logits.tensor_split(cuts, dim=1)
     exchange = Exchange(len(shards))
 
-    def run(rank: int) -> Tensor:
+    def run_rank(rank: int) -> Tensor:
         def gather(part: Tensor) -> Tensor:
             return exchange.gather(rank, part)
 
         try:
-            shard = VocabularyShard([0, *cuts][rank], gather)
-            return gather(sample(shards[rank].contiguous(), of, positions, shard)[:, None])
+            return run(shards[rank].contiguous(), VocabularyShard([0, *cuts][rank], gather))
         except BaseException:
             exchange.abort()
             raise
 
     with ThreadPoolExecutor(len(shards)) as threads:
-        ranks = [threads.submit(run, rank) for rank in range(len(shards))]
-    ranks.sort(key=lambda rank: isinstance(rank.exception(), threading.BrokenBarrierError))  # what broke it comes first
-    tokens, *_ = [rank.result() for rank in ranks]  # [num_rows, num_ranks]
-    assert bool((tokens == tokens[:, :1]).all())
-    return tokens[:, 0].tolist(), exchange.parts_seen[:-1]
+        ranks = [threads.submit(run_rank, rank) for rank in range(len(shards))]
+    by_cause = sorted(ranks, key=lambda rank: isinstance(rank.exception(), threading.BrokenBarrierError))
+    by_cause[0].result()  # what broke it comes first
+    return [rank.result() for rank in ranks], exchange.parts_seen
+
+
+def sample_in_shards(
+    logits: Tensor, cuts: list[int], of: SamplingColumns, positions: Tensor
+) -> tuple[list[int], list[list[int]]]:
+    """The tokens on which all ranks agree, and the parts that each of them gave for it."""
+    tokens, parts_seen = on_ranks(logits, cuts, lambda part, shard: sample(part, of, positions, shard))
+    assert all(other.equal(tokens[0]) for other in tokens)
+    return tokens[0].tolist(), parts_seen
 
 
 def equal_cuts(vocab_size: int, num_ranks: int) -> list[int]:
@@ -158,3 +169,12 @@ def test_ranks_exchange_candidates_and_no_logits(row: dict, parts: list[list[int
     logits = make_logits("normal", 3, 20_000, 2)
     _, parts_seen = sample_in_shards(logits, equal_cuts(20_000, 2), columns([row] * 3), torch.arange(3))
     assert parts_seen == parts
+
+
+@pytest.mark.parametrize("cuts", [[], [50], [1, 2], [0, 40, 40, 97], [97, 97]])
+@pytest.mark.parametrize("num_rows", [0, 1, 3])
+def test_gathered_rows_are_whole_on_every_rank(cuts: list[int], num_rows: int) -> None:
+    logits = make_logits("normal", num_rows, 97, 4)
+    ranks, _ = on_ranks(logits, cuts, gather_rows)
+    assert all(rows.equal(logits) for rows in ranks)
+    assert gather_rows(logits, WHOLE_VOCABULARY) is logits

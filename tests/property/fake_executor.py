@@ -10,49 +10,22 @@ from collections import Counter, deque
 import numpy as np
 
 from executor_service.plan import Limits, NewSequence, Plan, decode_plan
-from executor_service.runner.runner import CONTINUES, LENGTH, STOPPED
+from executor_service.runner.runner import CONTINUES
 from protos.duet.executor.v1 import executor_pb2 as pb
+from tests.property.fake_model import (
+    CONSTRAINED_TOP_K,
+    Sequence,
+    choose,
+    finish_reason,
+    mask_for,
+    next_value,
+)
 
-EMPTY_PREFIX = 0
 DAMAGED = -1  # written by a step that failed, or by one that read such a row; no hash is -1
 
 
 class ProtocolViolation(AssertionError):
     """The core planned something that an executor could not run, or that reads what is not its own."""
-
-
-def extend_hash(prefix: int, token: int) -> int:
-    """The hash of a prefix and the token after it."""
-    return hash((prefix, token))
-
-
-def next_token(prefix: int, seed: int, vocab_size: int) -> int:
-    """What follows a prefix: the deterministic stand-in for model and sampler."""
-    return hash((prefix, seed, 7)) % vocab_size
-
-
-def finish_reason(token: int, num_tokens: int, stop_token_ids: set[int], max_total_tokens: int) -> int:
-    """Whether a sequence that holds `num_tokens` tokens, `token` the last, goes on."""
-    if token in stop_token_ids:
-        return STOPPED
-    return LENGTH if num_tokens == max_total_tokens else CONTINUES
-
-
-@dataclasses.dataclass
-class Sequence:
-    """What stands in a slot."""
-
-    seed: int  # unlike any other request's, so it names the request
-    tokens: list[int]
-    hashes: list[int]  # [len(tokens)] of the prefix that ends with each token
-    num_known: int  # tokens it came with
-    max_total_tokens: int
-    stop_token_ids: set[int]
-    blocks: list[int]
-    rows: list[int]  # [len(blocks) * block_size] where each position's KV entry lies
-    num_planned: int  # positions that plans have covered
-    done: bool = False
-    damaged: bool = False  # it read a damaged row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +67,7 @@ class FakeExecutor:
         self._last_step_ids: deque[int] = deque()  # of each plan whose last result was not taken
         self._kv: list[int | None] = [None] * (limits.num_blocks * limits.block_size)
         self._holders: Counter[int] = Counter()  # block -> slots whose table has it
+        self._masks: dict[int, int] = {}  # by slot, of the plan that runs
 
     @property
     def num_plans_in_flight(self) -> int:
@@ -122,6 +96,8 @@ class FakeExecutor:
     def run_plan(self) -> None:
         """Run the oldest queued plan."""
         plan = self.queued.popleft()
+        self._masks = dict(zip(plan.mask_slots.tolist(), plan.masks[:, 0].tolist(), strict=True))
+        _check(len(self._masks) == len(plan.mask_slots), "two masks of one slot")
         self._change_slots(plan)
         first_rows, failed = self._prefill(plan)
         for slot in plan.join_slots.tolist():
@@ -132,10 +108,13 @@ class FakeExecutor:
         num_rows = int(plan.prefill_counts.sum()) + (len(self.decode_set) if plan.iterations else 0)
         _check(0 < num_rows <= self.limits.max_tokens_per_step, f"{num_rows} tokens in a step")
         self.counts["plans of several steps"] += plan.iterations > 1
+        num_masked = sum(slot in self._masks for slot in self.decode_set)
+        self.counts["decode steps of constrained and other rows"] += 0 < num_masked < len(self.decode_set)
         if plan.iterations == 0 or first_rows or failed:
             self._answer(plan.step_id, plan.iterations > 0, first_rows, failed)
         for index in range(plan.iterations):
             self._answer(plan.step_id + index, False, *self._decode())
+        _check(all(self.slots[slot].done for slot in self._masks), "a mask of a slot that samples nothing")
 
     # --- slots and block tables ----------------------------------------------------------------------------------
 
@@ -158,6 +137,8 @@ class FakeExecutor:
         _check(len(new.block_ids) == -(-len(new.token_ids) // limits.block_size), "more blocks than tokens need")
         sequence = Sequence(
             seed=new.sampling.seed,
+            is_constrained=new.sampling.top_k == CONSTRAINED_TOP_K,
+            num_prompt_tokens=new.num_prompt_tokens,
             tokens=[],
             hashes=[],
             num_known=len(new.token_ids),
@@ -168,13 +149,15 @@ class FakeExecutor:
             num_planned=new.num_cached_tokens,
         )
         for token in new.token_ids.tolist():
-            _append_token(sequence, token)
+            sequence.append(token)
         num_hits = new.num_cached_tokens // limits.block_size
         for index, block in enumerate(new.block_ids.tolist()):
             self._give(sequence, block, shared=index < num_hits)
         self.slots[new.slot] = sequence
         self.counts["hits"] += num_hits > 0
-        self.counts["resumed sequences"] += len(new.token_ids) > new.num_prompt_tokens
+        is_resumed = len(new.token_ids) > new.num_prompt_tokens
+        self.counts["resumed sequences"] += is_resumed
+        self.counts["resumed constrained sequences"] += is_resumed and sequence.is_constrained
 
     def _give(self, sequence: Sequence, block: int, *, shared: bool = False) -> None:
         _check(block not in sequence.blocks, "a block twice in one table")
@@ -217,6 +200,9 @@ class FakeExecutor:
 
     def _decode(self) -> tuple[list[tuple[int, SampledRow]], list[int]]:
         """One step of every slot in the decode set that is not done."""
+        decoding = [self.slots[slot] for slot in self.decode_set]
+        is_full = any(len(sequence.tokens) == sequence.max_total_tokens for sequence in decoding)
+        _check(not is_full, "a slot decodes past its length, which can be foreseen")
         slots = [slot for slot in self.decode_set if not self.slots[slot].done]
         lengths = {slot: len(self.slots[slot].tokens) for slot in slots}
         failed = self._compute({slot: (length - 1, length) for slot, length in lengths.items()})
@@ -262,13 +248,24 @@ class FakeExecutor:
 
     def _sample(self, slot: int) -> SampledRow:
         sequence = self.slots[slot]
-        token = next_token(sequence.hashes[-1], sequence.seed, self.limits.vocab_size)
-        if sequence.damaged:
-            token = (token + 1) % self.limits.vocab_size
-        _append_token(sequence, token)
+        mask = self._mask_of(slot)
+        value = next_value(sequence.hashes[-1], sequence.seed) + sequence.damaged
+        token = choose(value, mask, self.limits.vocab_size)
+        sequence.append(token)
         reason = finish_reason(token, len(sequence.tokens), sequence.stop_token_ids, sequence.max_total_tokens)
         sequence.done = reason != CONTINUES
         return SampledRow(sequence.seed, token, reason, not sequence.damaged)
+
+    def _mask_of(self, slot: int) -> int | None:
+        """The mask under which the slot samples: the one that belongs to its tokens, or none."""
+        sequence, mask = self.slots[slot], self._masks.pop(slot, None)
+        _check((mask is not None) == sequence.is_constrained, "a mask too many or too few")
+        if mask is not None:
+            generated = tuple(sequence.tokens[sequence.num_prompt_tokens :])
+            expected = mask_for(sequence.seed, generated, self.limits.vocab_size)
+            _check(mask == expected, f"a mask of other tokens than the {len(generated)} generated")
+            self.counts["tokens under a mask"] += 1
+        return mask
 
     def _answer(self, step_id: int, partial: bool, rows: list[tuple[int, SampledRow]], failed: list[int]) -> None:
         message = pb.StepResult(
@@ -283,12 +280,6 @@ class FakeExecutor:
         )
         seeds = [self.slots[slot].seed for slot in failed]
         self.results.append(Result(message.SerializeToString(), [row for _, row in rows], seeds))
-
-
-def _append_token(sequence: Sequence, token: int) -> None:
-    prefix = sequence.hashes[-1] if sequence.hashes else EMPTY_PREFIX
-    sequence.tokens.append(token)
-    sequence.hashes.append(extend_hash(prefix, token))
 
 
 def _column(values: list[int]) -> bytes:

@@ -7,9 +7,9 @@ from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.core.outbox import Outbox
 from scheduler_service.core.request import Request
 from scheduler_service.ipc import Failed, Finished
-from tests.property.fake_executor import EMPTY_PREFIX, extend_hash, finish_reason, next_token
+from tests.property.fake_model import EMPTY_PREFIX, choose, extend_hash, finish_reason, mask_for, next_value
 
-EXPECTED_ERRORS = ("InternalError", "DeadlineExceeded", "ContextLengthExceeded", "ExecutorUnavailable")
+EXPECTED_ERRORS = "ContextLengthExceeded DeadlineExceeded ExecutorUnavailable InternalError InvalidRequest".split()
 
 
 @dataclasses.dataclass
@@ -19,22 +19,28 @@ class Client:
     request: Request
     expected_tokens: list[int]  # of an undisturbed run
     expected_reason: int
+    expected_stop_token: int | None
+    is_refused: bool = False  # the constraint is held to be wrong
     tokens: list[int] = dataclasses.field(default_factory=list)
     started: bool = False
     end: str | None = None  # how its stream ended
 
 
-def run_alone(request: Request, vocab_size: int) -> tuple[list[int], int]:
-    """The tokens that follow the prompt, and why they end."""
-    prefix, tokens, reason = EMPTY_PREFIX, list(request.token_ids), 0
-    for token in tokens:
+def run_alone(request: Request, vocab_size: int) -> tuple[list[int], int, int | None]:
+    """The tokens that follow the prompt, why they end, and the stop token."""
+    prefix, generated, reason, seed = EMPTY_PREFIX, list[int](), 0, request.sampling.seed
+    for token in request.token_ids:
         prefix = extend_hash(prefix, token)
     while not reason:
-        token = next_token(prefix, request.sampling.seed, vocab_size)
-        tokens.append(token)
+        mask = None if request.constraint is None else mask_for(seed, tuple(generated), vocab_size)
+        if mask == 0:
+            return generated, pb.FINISH_REASON_STOP, None
+        token = choose(next_value(prefix, seed), mask, vocab_size)
+        generated.append(token)
         prefix = extend_hash(prefix, token)
-        reason = finish_reason(token, len(tokens), set(request.stop_token_ids), request.max_total_tokens)
-    return tokens[request.num_prompt_tokens :], reason
+        num_tokens = request.num_prompt_tokens + len(generated)
+        reason = finish_reason(token, num_tokens, set(request.stop_token_ids), request.max_total_tokens)
+    return generated, reason, generated[-1] if reason == pb.FINISH_REASON_STOP else None
 
 
 class Clients:
@@ -88,8 +94,7 @@ class Clients:
             return
         assert client.tokens == client.expected_tokens, "the stream ended early"
         assert event.reason == client.expected_reason, "another reason than that of a run alone"
-        stopped = event.reason == pb.FINISH_REASON_STOP
-        assert event.stop_token_id == (client.tokens[-1] if stopped else None)
+        assert event.stop_token_id == client.expected_stop_token
 
     def _fail(self, client: Client, event: Failed, now: float, failing_seeds: set[int]) -> None:
         assert client.end is None, "a stream ended twice"
@@ -97,5 +102,7 @@ class Clients:
         assert event.reason in EXPECTED_ERRORS, f"failed by {event.reason}"
         if event.reason == "InternalError":
             assert client.request.sampling.seed in failing_seeds, "one request's error ended another"
+        if event.reason == "InvalidRequest":
+            assert (client.is_refused, event.field) == (True, "constraint"), "nothing is wrong with its constraint"
         if event.reason == "DeadlineExceeded":
             assert (client.request.deadline or 0.0) <= now, "the deadline is still to come"

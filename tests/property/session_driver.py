@@ -7,9 +7,9 @@ from collections import Counter
 from executor_service.plan import Limits
 from protos.duet.executor.v1 import executor_pb2
 from protos.duet.inference.v1 import inference_pb2 as pb
-from scheduler_service.core import settlement
+from scheduler_service.core import masks, settlement
 from scheduler_service.core.epoch import ExecutorLimits
-from scheduler_service.core.request import Request
+from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import RequestPool
 from scheduler_service.core.scheduler import Policy, Scheduler
 from scheduler_service.core.step_plan import decode_result
@@ -17,6 +17,7 @@ from scheduler_service.core.waiting_queue import ORDERS
 from scheduler_service.errors import DuplicateRequest, QueueFull
 from scheduler_service.ipc import Sampling
 from tests.property.fake_executor import FakeExecutor, Result
+from tests.property.fake_model import CONSTRAINED_TOP_K, as_column, mask_for
 from tests.property.session_clients import Clients
 
 VOCAB_SIZE = 5
@@ -29,6 +30,8 @@ class SessionRun:
 
     def __init__(self, seed: int) -> None:
         self.rng = rng = random.Random(seed)
+        self.constrained = rng.choice([0.0, 0.3, 1.0])  # of the requests
+        self.mask_jobs: list[tuple[Request, tuple[int, ...]]] = []  # what was generated when a mask was asked for
         self.counts: Counter[str] = Counter()
         self.now = 0.0
         self.block_size = rng.randint(2, 4)
@@ -80,11 +83,16 @@ class SessionRun:
                 self.deliver()
             elif not self.eager:
                 self.pump(most=rng.choice([1, 100]))
+        self.mask_jobs += [(request, _generated(request)) for request in self.pool.unmasked]
+        self.pool.unmasked.clear()
+        if self.mask_jobs and rng.random() < 0.4:
+            self.give_masks()
         if self.num_to_submit and rng.random() < 0.2:
             self.submit()
         if self.eager or not self.is_busy():
             self.pump(most=100)
-            assert self.is_busy() or self.executor is None or not self.pool.requests, "requests live and nothing runs"
+            is_idle = self.executor is None or not self.pool.requests or self.mask_jobs or self.pool.unmasked
+            assert self.is_busy() or is_idle, "requests live and nothing runs"
 
     def is_busy(self) -> bool:
         return self.executor is not None and self.executor.num_plans_in_flight > 0
@@ -99,6 +107,7 @@ class SessionRun:
         total = min(len(prompt) + rng.randint(1, 10), self.capacity)  # the front end refuses what is longer
         stops = rng.choice([[], [], [rng.randrange(VOCAB_SIZE)]])
         stream = len(self.clients.all)
+        is_constrained = rng.random() < self.constrained
         request = Request(
             request_id=f"request {stream}",
             outbox=rng.choice(self.clients.outboxes),
@@ -106,12 +115,13 @@ class SessionRun:
             token_ids=array("i", prompt),
             num_prompt_tokens=len(prompt),
             max_total_tokens=total,
-            sampling=Sampling(seed=stream),
+            sampling=Sampling(seed=stream, top_k=CONSTRAINED_TOP_K if is_constrained else 0),
             stop_token_ids=stops,
             priority=rng.randint(-1, 1),
             cache_salt=rng.choice(["", "", "pepper"]),
             arrival_time=self.now,
             deadline=self.now + rng.choice([0.05, 0.5]) if rng.random() < self.disturbance else None,
+            constraint="a grammar" if is_constrained else None,
         )
         client = self.clients.add(request)
         try:
@@ -125,6 +135,25 @@ class SessionRun:
         except DuplicateRequest:
             return
         raise AssertionError("a request id was taken twice")
+
+    def give_masks(self) -> None:
+        """The grammar worker answers some of its jobs; now and then a grammar turns out to be wrong."""
+        self.rng.shuffle(self.mask_jobs)
+        for _ in range(self.rng.randint(1, len(self.mask_jobs))):
+            request, generated = self.mask_jobs.pop()
+            if request.state is RequestState.FINISHED:
+                self.counts["masks of ended requests"] += 1
+                continue
+            assert generated == _generated(request), "a token came while its mask was computed"
+            self.counts["masks of preempted requests"] += request.state is RequestState.WAITING
+            mask = mask_for(request.sampling.seed, generated, VOCAB_SIZE)
+            if self.rng.random() < self.disturbance / 10:
+                self.clients.all[request.stream].is_refused = True
+                masks.refuse(self.pool, request, "too complex")
+            else:
+                masks.give_mask(self.pool, request, as_column(mask))
+                self.counts["texts that were complete"] += mask == 0
+        self.flush()
 
     def cancel(self) -> None:
         if self.pool.requests:
@@ -188,6 +217,8 @@ class SessionRun:
         if self.executor is None:
             assert self.scheduler.schedule(self.now) is None
             return
+        assert self.pool.epoch is not None
+        self.counts["plans held back for masks"] += self.scheduler._awaits_masks(self.pool.epoch)
         while most and (plan := self.scheduler.schedule(self.now)) is not None:
             self.executor.receive(plan.encode(self.num_epochs).SerializeToString())
             most -= 1
@@ -242,3 +273,7 @@ class SessionRun:
         epoch.blocks.check()
         self.counts.update(executor.counts)
         self.counts.update(f"ended by {client.end}" for client in self.clients.all)
+
+
+def _generated(request: Request) -> tuple[int, ...]:
+    return tuple(request.token_ids[request.num_prompt_tokens :])

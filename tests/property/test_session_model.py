@@ -4,7 +4,6 @@ Each of the bugs that the rules of the session are there for is put back in, one
 """
 
 from collections import Counter
-from collections.abc import Callable
 
 import pytest
 
@@ -18,30 +17,38 @@ from scheduler_service.core.scheduler import Scheduler
 from scheduler_service.core.step_plan import Chunk, StepPlan, StepRecord, StepResult
 from scheduler_service.errors import InternalError
 from tests.property.fake_executor import Result
+from tests.property.noticing import assert_noticed
 from tests.property.session_driver import SessionRun
 
 NUM_RUNS = 4_000
-MAX_RUNS_TO_NOTICE = 600
 
 EVENTS = (
     "appended blocks",
     "damaged tokens",
+    "decode steps of constrained and other rows",
     "ended by DeadlineExceeded",
     "ended by ExecutorUnavailable",
     "ended by FINISH_REASON_CANCELLED",
     "ended by FINISH_REASON_LENGTH",
     "ended by FINISH_REASON_STOP",
     "ended by InternalError",
+    "ended by InvalidRequest",
     "ended by dropped",
     "ended by refused",
     "hits",
     "late stops",
     "late tokens",
     "losses with plans in flight",
+    "masks of ended requests",
+    "masks of preempted requests",
+    "plans held back for masks",
     "plans of several steps",
     "preemptions",
+    "resumed constrained sequences",
     "resumed sequences",
+    "texts that were complete",
     "tokens of preempted",
+    "tokens under a mask",
 )
 
 
@@ -56,19 +63,6 @@ def test_every_stream_gets_the_tokens_of_an_undisturbed_run():
     print("\n" + "\n".join(f"{count:8} {event}" for event, count in sorted(counts.items())))
     for event in EVENTS:
         assert counts[event] > 0, f"no run had: {event}"
-
-
-def assert_noticed(make_run: Callable[[int], SessionRun] = SessionRun) -> None:
-    """Some run fails, and by an assertion: that the core stumbles over its own state is not enough."""
-    for seed in range(MAX_RUNS_TO_NOTICE):
-        try:
-            make_run(seed).run()
-        except AssertionError as error:
-            print(f"run {seed}: {type(error).__name__}: {error}")
-            return
-        except (KeyError, IndexError):
-            continue
-    pytest.fail(f"not noticed in {MAX_RUNS_TO_NOTICE} runs")
 
 
 def test_notices_a_block_published_for_a_request_that_no_longer_holds_it(monkeypatch: pytest.MonkeyPatch):

@@ -28,9 +28,11 @@ from scheduler_service.ipc import (
     LoadQuery,
     LoadReply,
     Outputs,
+    PromptLogprobs,
     Sampling,
     Started,
     Submit,
+    TokenLogprobs,
     encode_frame,
     read_frame,
 )
@@ -104,6 +106,8 @@ class FrontEnd:
         self._decoder = msgspec.msgpack.Decoder(CoreMessage)
         self.status: EngineStatus | None = None
         self.tokens: dict[int, list[int]] = {}
+        self.logprobs: dict[int, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[int, PromptLogprobs] = {}
         self.started: dict[int, Started] = {}
         self.ends: dict[int, Finished | Failed] = {}
         self.replies: list[CancelReply | LoadReply] = []
@@ -116,11 +120,12 @@ class FrontEnd:
 
     def submit(self, stream: int, prompt: range, max_tokens: int | None = 8, **changes: Any) -> None:
         message = Submit(
-            stream=stream,
+            streams=[stream],
             request_id=f"request-{stream}",
             token_ids=array("i", prompt).tobytes(),
             sampling=Sampling(),
             stop_token_ids=[],
+            end_token_ids=[],
             max_tokens=max_tokens,
             priority=0,
             cache_salt="",
@@ -150,10 +155,18 @@ class FrontEnd:
         for started in outputs.started:
             assert started.stream not in self.started, "started twice"
             self.started[started.stream] = started
+        for prompt in outputs.prompt_logprobs:
+            assert prompt.stream not in self.prompt_logprobs, "sent twice"
+            assert prompt.stream not in self.tokens, "a token before the prompt"
+            self.prompt_logprobs[prompt.stream] = prompt
+        for logprobs in outputs.logprobs:
+            self.logprobs.setdefault(logprobs.stream, []).append(logprobs)
         for stream, token in zip(array("i", outputs.streams), array("i", outputs.token_ids), strict=True):
             assert stream in self.started
             assert stream not in self.ends, "a token after the end"
             self.tokens.setdefault(stream, []).append(token)
+        for stream, rows in self.logprobs.items():
+            assert len(rows) == len(self.tokens[stream]), "they come in the frames of their tokens"
         for end in (*outputs.finished, *outputs.failed):
             assert end.stream not in self.ends, "ended twice"
             self.ends[end.stream] = end

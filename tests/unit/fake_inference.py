@@ -50,14 +50,14 @@ def started(request: pb.GenerateRequest) -> pb.GenerateResponse:
     )
 
 
-def delta(offset: int, token_ids: list[int]) -> pb.GenerateResponse:
+def delta(offset: int, token_ids: list[int], index: int = 0) -> pb.GenerateResponse:
     text = "".join(f"<{token}>" for token in token_ids)
-    return pb.GenerateResponse(delta=pb.TokenDelta(offset=offset, token_ids=token_ids, text=text))
+    return pb.GenerateResponse(delta=pb.TokenDelta(index=index, offset=offset, token_ids=token_ids, text=text))
 
 
-def finished(request: pb.GenerateRequest, output_tokens: int) -> pb.GenerateResponse:
+def finished(request: pb.GenerateRequest, output_tokens: int, index: int = 0) -> pb.GenerateResponse:
     usage = pb.Usage(prompt_tokens=len(prompt_tokens(request)), cached_tokens=1, output_tokens=output_tokens)
-    return pb.GenerateResponse(finished=pb.Finished(reason=pb.FINISH_REASON_LENGTH, usage=usage))
+    return pb.GenerateResponse(finished=pb.Finished(index=index, reason=pb.FINISH_REASON_LENGTH, usage=usage))
 
 
 async def count_up(request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
@@ -76,6 +76,16 @@ async def never_end(request: pb.GenerateRequest, context: Context) -> AsyncItera
     for offset in itertools.count():
         yield delta(offset, [7])
         await asyncio.sleep(0.01)
+
+
+def replay(*responses: pb.GenerateResponse) -> Script:
+    """A script that says this, whatever is asked."""
+
+    async def script(request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        for response in responses:
+            yield response
+
+    return script
 
 
 def fail(code: grpc.StatusCode, message: str, *details: Message) -> Script:
@@ -166,9 +176,10 @@ async def start(service: FakeInference, address: str) -> tuple[grpc.aio.Server, 
 
 
 class ServerThread:
-    """A FakeInference on a free port, in a thread with a loop of its own, for clients that block."""
+    """A FakeInference on a port (0: a free one), in a thread with a loop of its own, for clients that block."""
 
-    def __init__(self) -> None:
+    def __init__(self, port: int = 0) -> None:
+        self._port = port
         self.service = FakeInference()
         self._address: Future[str] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
@@ -184,7 +195,7 @@ class ServerThread:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server, port = await start(self.service, "127.0.0.1:0")
+        server, port = await start(self.service, f"127.0.0.1:{self._port}")
         self._address.set_result(f"127.0.0.1:{port}")
         await self._stop.wait()
         await server.stop(0)

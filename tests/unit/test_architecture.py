@@ -55,7 +55,9 @@ def python_files(folder: str) -> list[Path]:
 
 
 def test_no_file_is_longer_than_300_lines() -> None:
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in product_files(ROOT)}
+    # But for protocols: each of ours stands alone, and half of its lines are what a field means.
+    files = [path for path in product_files(ROOT) if path.suffix != ".proto"]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     too_long = {name: length for name, length in lengths.items() if length > 300}
     assert too_long == {}
 

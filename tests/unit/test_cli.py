@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import re
 import signal
@@ -11,25 +10,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
+from google.rpc import error_details_pb2 as details
 
 import duet
 from duet.cli import serve
+from duet.cli.exit_status import EXIT_STATUSES
 from duet.cli.main import main
 from duet.cli.serve import client_address
 from duet.launch import SCHEDULER_FLAGS, split_flags, to_flags
 from scheduler_service.config import SchedulerConfig
 from tests.unit import fake_inference as fake
-from tests.unit.fake_inference import ServerThread, expected_tokens
-
-ROOT = Path(__file__).parents[2]
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "clients/python")])
-
-
-@pytest.fixture
-def server() -> Iterator[ServerThread]:
-    with ServerThread() as running:
-        yield running
+from tests.unit.cli_harness import ENV, PATHS, ROOT, duet_command
+from tests.unit.fake_inference import ServerThread
 
 
 def eventually(condition: Callable[[], object]) -> None:
@@ -38,39 +32,36 @@ def eventually(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
-def duet_command(*argv: str) -> list[str]:
-    return [sys.executable, "-m", "duet", *argv]
+# --- exit status, start-up ------------------------------------------------------------------------------------------
 
 
-# --- generate -----------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "x"],
+        ["generate", "x", "--json"],
+        ["generate", "--input", os.devnull],
+        ["chat"],
+        ["status"],
+        ["status", "--json", "--watch"],
+        ["model"],
+        ["bench"],
+    ],
+)
+def test_an_unreachable_server_is_one_line_and_status_3(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--address", "127.0.0.1:1"]) == 3
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert re.fullmatch(r"duet: no connection to 127\.0\.0\.1:1: [^\n]*\n", printed.err)
 
 
-def test_generate_prints_the_continuation(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "ab", "--address", server.address, "--max-tokens", "3", "--seed", "4"]) == 0
-    assert capsys.readouterr().out == "<195><196><197>\n"
-    (request,) = server.service.requests
-    assert (request.text, request.sampling.seed, request.sampling.temperature) == ("ab", 4, pytest.approx(0.2))
-
-
-def test_generate_reads_standard_input_and_prints_json(
-    server: ServerThread, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    (tmp_path / "prompt").write_text("häh")
-    with open(tmp_path / "prompt") as prompt:
-        monkeypatch.setattr(sys, "stdin", prompt)
-        assert main(["generate", "--json", "--address", server.address, "--chat"]) == 0
-    output = json.loads(capsys.readouterr().out)
-    assert output["token_ids"] == expected_tokens(list("häh".encode()), 64)
-    assert output["finish_reason"] == "length"
-    assert server.service.requests[0].chat.messages[0].content == "häh"
-
-
-def test_an_unreachable_server_is_one_line_and_status_1(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in (["generate", "x"], ["chat"], ["status"], ["status", "--json"], ["bench"]):
-        assert main([*command, "--address", "127.0.0.1:1"]) == 1
-        printed = capsys.readouterr()
-        assert printed.out == ""
-        assert re.fullmatch(r"duet: no connection to 127\.0\.0\.1:1: [^\n]*\n", printed.err)
+def test_a_full_queue_is_status_3(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
+    delay = details.RetryInfo()
+    delay.retry_delay.FromMilliseconds(1)
+    info = details.ErrorInfo(reason="QUEUE_FULL")
+    server.service.script = fake.fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "4096 requests wait", delay, info)
+    assert main(["generate", "x", "--address", server.address]) == 3
+    assert capsys.readouterr().err == "duet: 4096 requests wait\n"
 
 
 def test_a_refused_request_is_one_line_and_status_1(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +71,16 @@ def test_a_refused_request_is_one_line_and_status_1(server: ServerThread, capsys
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["nonsense"], ["generate", "x", "--nonsense"], ["generate", "x", "--seed", "y"], ["bench", "--streams", "0"]],
+    [
+        [],
+        ["nonsense"],
+        ["generate", "x", "--nonsense"],
+        ["generate", "x", "--seed", "y"],
+        ["generate", "x", "--json-object", "--regex", "a"],
+        ["status", "--interval", "0"],
+        ["completion", "csh"],
+        ["bench", "--streams", "0"],
+    ],
 )
 def test_wrong_usage_is_status_2(argv: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -91,7 +91,7 @@ def test_wrong_usage_is_status_2(argv: list[str]) -> None:
 def test_an_interrupted_command_is_status_130(server: ServerThread) -> None:
     server.service.script = fake.never_end
     command = duet_command("generate", "x", "--address", server.address)
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": PATHS}, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stdout.read(3) == b"<7>"
         process.send_signal(signal.SIGINT)
@@ -102,7 +102,7 @@ def test_an_interrupted_command_is_status_130(server: ServerThread) -> None:
 def test_a_reader_that_leaves_is_no_traceback(server: ServerThread) -> None:
     server.service.script = fake.never_end
     command = duet_command("generate", "x", "--address", server.address)
-    env, pipe = os.environ | {"PYTHONPATH": PATHS}, subprocess.PIPE
+    env, pipe = ENV, subprocess.PIPE
     with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe) as process:
         assert process.stdout
         assert process.stderr
@@ -112,94 +112,24 @@ def test_a_reader_that_leaves_is_no_traceback(server: ServerThread) -> None:
         assert process.stderr.read() == b""
 
 
-# --- chat ---------------------------------------------------------------------------------------------------------
+def test_exit_statuses_are_told_by_help_and_readme(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told, readme = capsys.readouterr().out, (ROOT / "README.md").read_text()
+    for status, meaning in EXIT_STATUSES.items():
+        assert re.search(rf"^  {status} +{re.escape(meaning)}$", told, re.MULTILINE)
+        assert f"| {status} | {meaning} |" in readme
 
 
-class Terminal:
-    """A command on a pseudo-terminal of its own, so that Ctrl-C and Ctrl-D are what they are to a person."""
-
-    def __init__(self, *argv: str) -> None:
-        spawn = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", spawn, *duet_command(*argv)],
-            env=os.environ | {"PYTHONPATH": PATHS},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        self.seen = ""
-
-    def type(self, text: str) -> None:
-        assert self._process.stdin
-        self._process.stdin.write(text.encode())
-
-    def expect(self, pattern: str) -> None:
-        """Read until `pattern` is there, and drop all up to its end."""
-        assert self._process.stdout
-        while not (match := re.search(pattern, self.seen)):
-            heard = self._process.stdout.read(4096)
-            assert heard, f"the command ended without {pattern!r}"
-            self.seen += heard.decode()
-        self.seen = self.seen[match.end() :]
-
-    def wait(self) -> int:
-        with self._process:
-            return self._process.wait()
-
-
-def test_chat_keeps_the_conversation(server: ServerThread) -> None:
-    command = duet_command("chat", "--system", "be brief", "--max-tokens", "2", "--address", server.address)
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": PATHS}, input="a\n\nb\n", capture_output=True, text=True, check=True
+@pytest.mark.parametrize("argv", [["--help"], ["nonsense"]])
+def test_help_does_not_wait_for_the_imports_of_any_command(argv: list[str]) -> None:
+    heavy = ("grpc", "google", "rich", "tqdm", "asyncio", "duet.client")
+    code = (
+        "import sys\nfrom duet.cli.main import main\n"
+        f"try: main({argv!r})\nexcept SystemExit: print([name for name in {heavy!r} if name in sys.modules])"
     )
-    first = expected_tokens(list(b"be briefa"), 2)
-    answer = "".join(f"<{token}>" for token in first)
-    assert done.stdout.splitlines()[0] == answer
-    conversations = [[(one.role, one.content) for one in r.chat.messages] for r in server.service.requests]
-    beginning = [("system", "be brief"), ("user", "a")]
-    assert conversations == [beginning, [*beginning, ("assistant", answer), ("user", "b")]]
-    assert not server.service.requests[0].stop.ignore_eos
-
-
-def test_ctrl_c_stops_an_answer_and_ctrl_d_leaves(server: ServerThread) -> None:
-    server.service.script = fake.never_end
-    terminal = Terminal("chat", "--max-tokens", "6", "--address", server.address)
-    terminal.expect("> ")
-    terminal.type("first\n")
-    terminal.expect("<7><7>")
-    terminal.type("\x03")
-    terminal.expect(r"\[stopped\]\s+(\x1b\S+)?> ")
-    assert server.service.cut_calls.acquire(timeout=30)
-    server.service.script = fake.count_up
-    terminal.type("second\n")
-    terminal.expect(r"<\d+>")
-    terminal.expect("> $")
-    terminal.type("\x04")
-    assert terminal.wait() == 0
-    roles = [message.role for message in server.service.requests[-1].chat.messages]
-    assert roles == ["user", "assistant", "user"]
-
-
-# --- status -------------------------------------------------------------------------------------------------------
-
-
-def test_status_shows_load_and_rates(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--address", server.address]) == 0
-    out = capsys.readouterr().out
-    assert "no executor yet" in out.splitlines()[0]
-    assert out.count("3 running of 64, 0 waiting") == 2
-    assert out.count("10 used, 20 cached, 70 free, of 100 x 64 tokens") == 2
-    assert out.count("25.0% of prompt tokens") == 2
-    assert re.findall(r"(\d+) prefill, (\d+) decode", out) == [("100", "10"), ("300", "30")]  # since the one before
-    assert "\x1b" not in out  # it is no terminal
-
-
-def test_status_json_is_one_snapshot_of_every_field(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["status", "--json", "--address", server.address]) == 0
-    snapshot = json.loads(capsys.readouterr().out)
-    assert snapshot["server"]["load"]["cached_tokens_total"] == 250
-    assert snapshot["server"]["epoch"] == 0
-    assert snapshot["model"]["eos_token_ids"] == [2]
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 # --- serve, and LLM on services of its own --------------------------------------------------------------------------

@@ -3,16 +3,28 @@
 import asyncio
 import dataclasses
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import grpc.aio
+import msgspec
 import pytest
 
 from scheduler_service.core.session import ExecutorSession, SessionRefused
 from scheduler_service.core.step_plan import StepPlan
-from scheduler_service.ipc import Abandon, Cancel, CancelReply, EngineStatus, Failed, Finished, LoadQuery
-from tests.unit.core_harness import CANCELLED, LENGTH, LIMITS, STOP, continuation
+from scheduler_service.ipc import (
+    Abandon,
+    Cancel,
+    CancelReply,
+    EngineStatus,
+    Failed,
+    Finished,
+    LoadQuery,
+    Sampling,
+    Stop,
+)
+from tests.unit.core_harness import CANCELLED, LENGTH, LIMITS, STOP, continuation, row_logprobs
 from tests.unit.engine_harness import Setting
 
 
@@ -27,6 +39,11 @@ async def make_setting(tmp_path: Path) -> AsyncIterator[Callable[..., Setting]]:
     yield make
     for setting in settings:
         await setting.stop()
+
+
+def without_times(end: Finished | Failed) -> Finished:
+    assert isinstance(end, Finished)
+    return msgspec.structs.replace(end, queue_time_ns=0, time_to_first_token_ns=0)
 
 
 @pytest.fixture
@@ -47,8 +64,8 @@ async def test_a_request_gets_its_start_its_tokens_and_its_end(setting: Setting)
     await frontend.until(lambda: len(frontend.ends) == 2)
     assert frontend.tokens[1] == continuation(range(30), 8)
     assert frontend.tokens[2] == continuation(range(100, 120), 5)
-    assert frontend.ends[1] == Finished(1, LENGTH, None, 30, 0, 8, 0, 0)
-    assert frontend.ends[2] == Finished(2, STOP, stop, 20, 0, 5, 0, 0)
+    assert without_times(frontend.ends[1]) == Finished(1, LENGTH, None, 30, 0, 8, 0, 0)
+    assert without_times(frontend.ends[2]) == Finished(2, STOP, stop, 20, 0, 5, 0, 0)
     assert frontend.started[1].queue_time_ns >= 0
     assert executor.opened[0].weights_digest == ""
 
@@ -188,6 +205,99 @@ async def test_an_abandoned_stream_hears_nothing_more_and_frees_its_blocks(setti
     assert 1 not in frontend.ends
     assert frontend.tokens[2] == continuation(range(100, 110), 10)
     assert (await frontend.load()).load.used_blocks == 0
+
+
+async def test_each_choice_of_a_request_has_a_stream_and_a_continuation_of_its_own(setting: Setting):
+    await setting.start_executor()
+    frontend = await setting.connect()
+    await frontend.ready()
+    frontend.submit(1, range(10), 7, streams=[1, 5, 3])
+    await frontend.until(lambda: len(frontend.ends) == 3)
+    for index, stream in enumerate([1, 5, 3]):
+        assert frontend.tokens[stream] == continuation(range(10), 7, choice_index=index)
+        assert frontend.finish_reason(stream) == LENGTH
+
+
+async def test_cancelling_an_id_ends_its_choices_and_abandoning_a_stream_ends_one(setting: Setting):
+    executor = await setting.start_executor()
+    frontend = await setting.connect()
+    await frontend.ready()
+    executor.going.clear()
+    frontend.submit(1, range(10), 7, streams=[1, 2, 3], request_id="kept")
+    frontend.submit(4, range(10), 7, streams=[4, 5, 6], request_id="cancelled")
+    frontend.send(Abandon(2))
+    frontend.send(Cancel(9, "cancelled"))
+    await frontend.until(lambda: len(frontend.ends) == 3)
+    assert frontend.replies == [CancelReply(9, True)]
+    assert [frontend.finish_reason(stream) for stream in (4, 5, 6)] == [CANCELLED] * 3
+    frontend.submit(7, range(10), 7, streams=[7, 8], request_id="kept")
+    await frontend.until(lambda: 8 in frontend.ends)
+    assert frontend.error(7) == frontend.error(8) == ("ALREADY_EXISTS", "DuplicateRequest")
+    executor.going.set()
+    await frontend.until(lambda: 3 in frontend.ends and 1 in frontend.ends)
+    assert frontend.tokens[3] == continuation(range(10), 7, choice_index=2)
+    assert 2 not in frontend.ends
+    frontend.send(Cancel(10, "kept"))
+    await frontend.until(lambda: len(frontend.replies) == 2)
+    assert frontend.replies[-1] == CancelReply(10, False)
+
+
+async def test_a_stream_that_a_stop_string_ends_finishes_with_stop(setting: Setting):
+    executor = await setting.start_executor()
+    frontend = await setting.connect()
+    await frontend.ready()
+    frontend.submit(1, range(10), 200, streams=[1, 2])
+    await frontend.until(lambda: frontend.tokens.get(1))
+    executor.going.clear()
+    frontend.send(Stop(1))
+    await frontend.until(lambda: 1 in frontend.ends)
+    executor.going.set()
+    await frontend.until(lambda: 2 in frontend.ends)
+    end = frontend.ends[1]
+    assert isinstance(end, Finished)
+    assert (end.reason, end.stop_token_id, end.output_tokens) == (STOP, None, len(frontend.tokens[1]))
+    assert end.output_tokens < 200
+    assert frontend.finish_reason(2) == LENGTH
+    frontend.send(Stop(1))
+    frontend.send(Stop(99))
+    assert (await frontend.load()).load.finished_requests_total == 2, "a stop that comes too late changes nothing"
+
+
+async def test_log_probabilities_go_out_with_their_tokens_and_the_prompts_before_them(setting: Setting):
+    await setting.start_executor()
+    frontend = await setting.connect()
+    await frontend.ready()
+    frontend.submit(1, range(30), 8, streams=[1, 2], sampling=Sampling(logprobs=2, prompt_logprobs=0))
+    frontend.submit(3, range(30), 8)
+    await frontend.until(lambda: len(frontend.ends) == 3)
+    for index, stream in enumerate([1, 2]):
+        tokens = continuation(range(30), 8, choice_index=index)
+        assert [array("i", row.token_ids)[0] for row in frontend.logprobs[stream]] == tokens
+        assert [row.rank for row in frontend.logprobs[stream]] == [
+            row_logprobs(30 + position, token, 3).rank for position, token in enumerate(tokens)
+        ]
+    assert frontend.prompt_logprobs.keys() == {1}
+    prompt = frontend.prompt_logprobs[1]
+    assert (prompt.width, list(array("i", prompt.token_ids))) == (1, list(range(1, 30)))
+    assert frontend.logprobs.keys() == {1, 2}
+
+
+async def test_times_are_measured_from_the_arrival_at_the_front_end(setting: Setting):
+    executor = await setting.start_executor()
+    frontend = await setting.connect()
+    await frontend.ready()
+    executor.going.clear()
+    arrival = time.monotonic() - 5.0
+    frontend.submit(1, range(10), 2, arrival=arrival)
+    await frontend.until(lambda: frontend.started)
+    going_at = time.monotonic()
+    executor.going.set()
+    await frontend.until(lambda: frontend.ends)
+    end = frontend.ends[1]
+    assert isinstance(end, Finished)
+    assert 5.0 <= end.queue_time_ns / 1e9 <= going_at - arrival
+    assert going_at - arrival <= end.time_to_first_token_ns / 1e9 <= time.monotonic() - arrival
+    assert end.queue_time_ns == frontend.started[1].queue_time_ns
 
 
 async def test_any_front_end_can_cancel_a_request_by_its_id(setting: Setting):

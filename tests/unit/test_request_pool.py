@@ -32,7 +32,7 @@ def test_a_full_queue_refuses_with_a_delay_and_takes_the_next_once_there_is_room
         core.submit(range(4), 3, request_id="refused")
     assert refusal.value.retry_after_s is not None
     assert refusal.value.retry_after_s > 0
-    assert "refused" not in core.pool.requests
+    assert not core.pool.choices_of("refused")
     while core.reason(first) is None:
         core.step()
     core.send()
@@ -124,3 +124,78 @@ def test_the_counters_add_up():
     assert (load.prompt_tokens_total, load.cached_tokens_total, load.prefill_tokens_total) == (20, 8, 12)
     assert (load.output_tokens_total, load.finished_requests_total, load.steps_total) == (10, 2, 10)
     assert (load.used_blocks, load.total_blocks, load.block_size) == (0, 64, 4)
+
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def times_s(core: Core) -> list[tuple[float, float]]:
+    """Queue time and time to first token of each request that finished."""
+    return [(event.queue_time_ns / 1e9, event.time_to_first_token_ns / 1e9) for event in core.outbox.finished]
+
+
+def test_usage_tells_when_a_request_left_the_queue_and_when_its_first_token_came():
+    core = Core(dataclasses.replace(LIMITS, num_slots=1))
+    core.now = 100.0
+    core.submit(range(40), 3)  # three chunks, then two tokens more: five plans
+    core.now = 101.0
+    core.submit(range(100, 108), 3)
+    while core.pool.requests:
+        core.now += 1.0  # plans are sent at 102, 103.25, ...
+        core.send()
+        core.now += 0.25
+        core.settle()
+    sixth = 102.0 + 5 * 1.25
+    assert times_s(core) == [(2.0, 2 + 2 * 1.25 + 0.25), (sixth - 101, sixth + 0.25 - 101)]
+
+
+def test_the_times_are_those_of_the_first_admission_and_the_first_token_of_all():
+    core = Core()
+    request = core.submit(range(8), 6)
+    core.now = 3.0
+    core.step()
+    core.now = 50.0
+    core.pool.preempt(request)
+    core.step()
+    core.pool.end_epoch()
+    core.now = 90.0
+    core.begin_epoch()
+    core.run()
+    assert (request.preemptions, request.recoveries) == (1, 1)
+    assert times_s(core) == [(3.0, 3.0)]
+
+
+def test_a_request_that_was_preempted_before_its_first_token_waits_for_it_still():
+    core = Core()
+    request = core.submit(range(40), 2)
+    core.step()
+    core.pool.preempt(request)
+    core.now = 7.0
+    core.run()
+    assert times_s(core) == [(0.0, 7.0)]
+
+
+def test_a_request_cancelled_in_the_queue_has_a_queue_time_and_no_first_token():
+    core = Core()
+    request = core.submit(range(8), 6)
+    core.now = 2.5
+    core.pool.cancel(request, core.now)
+    assert times_s(core) == [(2.5, 0.0)]
+
+
+def test_choices_have_times_of_their_own():
+    core = Core(dataclasses.replace(LIMITS, num_slots=1))
+    core.submit_choices(3, range(8), 2)
+    while core.pool.requests:
+        core.now += 1.0
+        core.step()
+    assert times_s(core) == [(1.0, 1.0), (3.0, 3.0), (5.0, 5.0)]
+
+
+def test_a_clock_that_the_front_end_read_later_makes_no_time_negative():
+    core = Core()
+    core.now = 5.0
+    core.submit(range(8), 1)
+    core.now = 4.0
+    core.run()
+    assert times_s(core) == [(0.0, 0.0)]

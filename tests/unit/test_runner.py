@@ -5,22 +5,29 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from executor_service.config import ExecutorConfig
-from executor_service.distributed.group import RankGroup
-from executor_service.distributed.placement import Placement
-from executor_service.plan import InvalidPlan, NewSequence, Plan, Sampling
+from executor_service.plan import InvalidPlan, Sampling
 from executor_service.runner import kv_cache
 from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
-from executor_service.runner.runner import LENGTH, STOPPED, StepOutput
-
-GREEDY = Sampling(temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, choice_index=0)
-VOCAB_SIZE, BLOCK_SIZE, NUM_BLOCKS, MAX_MODEL_LEN = 160, 8, 48, 96
-ALONE = RankGroup(Placement(), torch.device("cpu"))
+from executor_service.runner.runner import LENGTH, STOPPED
+from tests.unit.runner_harness import (
+    ALONE,
+    BLOCK_SIZE,
+    MAX_MODEL_LEN,
+    NUM_BLOCKS,
+    VOCAB_SIZE,
+    Core,
+    chunks,
+    column,
+    prompt,
+    save_tiny_llama,
+    sequence,
+    tiny_settings,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,14 +39,8 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3, bos_token_id=None,
-        eos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
     directory = tmp_path_factory.mktemp("tiny-llama")
-    LlamaForCausalLM(config).save_pretrained(directory)
+    save_tiny_llama(directory)
     return directory
 
 
@@ -50,10 +51,7 @@ def oracle(model_directory: Path) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def settings(model_directory: Path) -> ExecutorConfig:
-    return ExecutorConfig(
-        model=str(model_directory), dtype="float32", block_size=BLOCK_SIZE, num_blocks=NUM_BLOCKS, max_num_seqs=6,
-        max_tokens_per_step=64, max_model_len=MAX_MODEL_LEN, num_threads=1,
-    )  # fmt: skip
+    return tiny_settings(model_directory)
 
 
 @pytest.fixture(scope="module")
@@ -65,60 +63,6 @@ def shared_runner(settings: ExecutorConfig) -> CpuRunner:
 def runner(shared_runner: CpuRunner) -> CpuRunner:
     shared_runner.reset()
     return shared_runner
-
-
-def column(values: Sequence[int]) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
-
-
-def make_plan(step_id: int, new: Sequence[NewSequence] = (), iterations: int = 0, **columns: Sequence[int]) -> Plan:
-    names = ("release_slots", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts",
-             "prefill_samples", "join_slots", "leave_slots")  # fmt: skip
-    return Plan(
-        step_id=step_id, new_sequences=list(new), iterations=iterations,
-        **{name: column(columns.get(name, ())) for name in names},
-    )  # fmt: skip
-
-
-def sequence(slot: int, tokens: Sequence[int], blocks: Sequence[int], **changes: Any) -> NewSequence:
-    fields: dict[str, Any] = {
-        "slot": slot, "token_ids": column(tokens), "num_prompt_tokens": len(tokens), "num_cached_tokens": 0,
-        "block_ids": column(blocks), "sampling": GREEDY, "stop_token_ids": column([]),
-        "max_total_tokens": MAX_MODEL_LEN,
-    }  # fmt: skip
-    return NewSequence(**(fields | changes))
-
-
-def chunks(*rows: tuple[int, int, int, int]) -> dict[str, Any]:
-    """prefill columns from (slot, start, count, samples)."""
-    names = ("prefill_slots", "prefill_starts", "prefill_counts", "prefill_samples")
-    return dict(zip(names, (list(values) for values in zip(*rows, strict=True)), strict=True))
-
-
-class Core:
-    """Sends plans one after the other, and keeps what each slot samples."""
-
-    def __init__(self, runner: CpuRunner) -> None:
-        self.runner = runner
-        self.next_step_id = 1
-        self.tokens: dict[int, list[int]] = {}  # slot -> sampled
-        self.reasons: dict[int, int] = {}  # slot -> last finish reason
-
-    def run(self, new: Sequence[NewSequence] = (), iterations: int = 0, **columns: Sequence[int]) -> list[StepOutput]:
-        plan = make_plan(self.next_step_id, new, iterations, **columns)
-        outputs = list(self.runner.execute(plan))
-        finals = [output.step_id for output in outputs if not output.partial]
-        assert finals == list(range(plan.step_id, plan.step_id + max(1, iterations)))
-        self.next_step_id = finals[-1] + 1
-        for output in outputs:
-            for slot, token, reason in zip(output.slots, output.token_ids, output.finish_reasons, strict=True):
-                self.tokens.setdefault(int(slot), []).append(int(token))
-                self.reasons[int(slot)] = int(reason)
-        return outputs
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    return torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
 def greedy(oracle: Any, tokens: Sequence[int], num_tokens: int) -> list[int]:

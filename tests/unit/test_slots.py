@@ -255,6 +255,9 @@ def chunk(slot: int, start: int, count: int, samples: bool) -> dict[str, Any]:
         ("join_slots: a slot stands twice", plan(join_slots=[0, 0])),
         ("leave of a slot that does not decode: slot 0", plan(leave_slots=[0])),
         ("no block for a position: slot 0", plan(join_slots=[0], iterations=2)),
+        ("mask_slots: a slot stands twice", plan(**chunk(1, 2, 4, True), mask_slots=[1, 1])),
+        ("mask of a slot that does not sample: slot 1", plan(**chunk(1, 2, 1, False), mask_slots=[1])),
+        ("mask of a slot that does not sample: slot 0", plan(join_slots=[0], mask_slots=[0])),
     ],
 )
 def test_a_plan_that_does_not_fit_the_slots_is_refused_and_changes_nothing(message: str, bad: Plan) -> None:

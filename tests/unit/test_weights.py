@@ -10,6 +10,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from executor_service.weights import InvalidCheckpoint, InvalidConfig, ModelError, UnsupportedModel, digest, errors
+from executor_service.weights.checkpoint import Checkpoint, Span
 from tests.unit.tiny_checkpoints import edit_config, load, save_tiny_model
 
 
@@ -195,6 +196,20 @@ def test_tensor_in_two_shards_is_refused(sharded):
     first, second = sorted(sharded.glob("*.safetensors"))[:2]
     save_file(load_file(first) | load_file(second), second)
     assert_refused(sharded, InvalidCheckpoint, second.name)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("span", [Span(0, 2, 2), Span(1, 3, 4), Span(3, 3, 2)], ids=["whole", "padded", "empty"])
+def test_a_span_of_a_tensor_is_followed_by_zeros(span, dim, tmp_path, monkeypatch):
+    whole = torch.arange(1.0, 10).view(3, 3)
+    save_file({"weight": whole}, tmp_path / "model.safetensors")
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(torch.nan))
+    with Checkpoint(tmp_path, torch.float32, torch.device("cpu")) as checkpoint:
+        part = checkpoint.take("weight", (3, 3), span, dim=dim)
+    held = whole.narrow(dim, span.start, span.stop - span.start)
+    zeros = torch.zeros_like(whole).narrow(dim, 0, span.length - held.shape[dim])
+    assert torch.equal(part, torch.cat([held, zeros], dim))
 
 
 def test_digest_is_over_the_contents_in_name_order(model, sharded):

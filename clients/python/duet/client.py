@@ -1,12 +1,17 @@
 """Connections to a running server: Client blocks, AsyncClient awaits. Both say the same things."""
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
 from duet.errors import from_rpc
-from duet.request import Event, Options, Output, Prompt, SamplingParams, StreamOrder, build_request
+from duet.output import Event, Output, StreamOrder
+from duet.params import Options, SamplingParams
+from duet.request import Prompt, build_request
+from duet.retry import Attempts, Retry
 from protos.duet.inference.v1 import inference_pb2 as pb
 from protos.duet.inference.v1.inference_pb2_grpc import InferenceServiceStub
 
@@ -14,16 +19,24 @@ Request = TypeVar("Request")
 Response = TypeVar("Response")
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+DEFAULT_RETRY = Retry()
 
-# A proxy meant for web traffic must not swallow calls to the loopback or to a cluster.
-_CHANNEL_OPTIONS = [("grpc.enable_http_proxy", 0)]
+_CHANNEL_OPTIONS = [
+    ("grpc.enable_http_proxy", 0),  # one meant for web traffic must not swallow calls to the loopback or to a cluster
+    ("grpc.initial_reconnect_backoff_ms", 100),  # so that a request that is sent again finds a connection
+    ("grpc.max_receive_message_length", -1),  # the log-probabilities of a long prompt are one message
+]
 
 
 class Client:
-    """A blocking client; several threads may share it. Every method raises an error of duet.errors."""
+    """A blocking client; several threads may share it. Every method raises an error of duet.errors.
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    `retry` says when `stream` and `generate` send a request again; None: never.
+    """
+
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, retry: Retry | None = DEFAULT_RETRY) -> None:
         self.address = address
+        self._retry = retry
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -35,17 +48,25 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Iterator[Event]:
-        """Yield the events of one continuation as they come; closing the iterator cancels the request."""
-        request, order = build_request(prompt, params, options), StreamOrder()
-        call = self._stub.Generate(request, timeout=timeout_s)
-        try:
-            for response in call:
-                yield order.take(response)
-            order.end()
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from None
-        finally:
-            call.cancel()
+        """Yield the events of a request as they come; closing the iterator cancels it."""
+        request = build_request(prompt, params, options)
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            order = StreamOrder(request.sampling.n or 1)
+            call = self._stub.Generate(request, timeout=attempts.remaining_s())
+            try:
+                for response in call:
+                    yield order.take(response)
+                order.end()
+                return
+            except grpc.RpcError as error:
+                failure = from_rpc(error, self.address)
+            finally:
+                call.cancel()
+            delay_s = None if order.has_begun else attempts.delay_s(failure)
+            if delay_s is None:
+                raise failure
+            time.sleep(delay_s)
 
     def generate(
         self,
@@ -55,7 +76,7 @@ class Client:
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Output:
-        """Wait for a whole continuation."""
+        """Wait for the whole output."""
         return Output.of(self.stream(prompt, params, timeout_s=timeout_s, **options))
 
     def cancel(self, request_id: str) -> None:
@@ -101,8 +122,9 @@ class Client:
 class AsyncClient:
     """The same for asyncio; make it where its event loop runs."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, retry: Retry | None = DEFAULT_RETRY) -> None:
         self.address = address
+        self._retry = retry
         self._channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self._stub = InferenceServiceStub(self._channel)
 
@@ -114,17 +136,25 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> AsyncGenerator[Event, None]:
-        """Yield the events of one continuation as they come; closing the iterator cancels the request."""
-        request, order = build_request(prompt, params, options), StreamOrder()
-        call = self._stub.Generate(request, timeout=timeout_s)
-        try:
-            async for response in call:
-                yield order.take(response)
-            order.end()
-        except grpc.RpcError as error:
-            raise from_rpc(error, self.address) from None
-        finally:
-            call.cancel()
+        """Yield the events of a request as they come; closing the iterator cancels it."""
+        request = build_request(prompt, params, options)
+        attempts = Attempts(self._retry, timeout_s)
+        while True:
+            order = StreamOrder(request.sampling.n or 1)
+            call = self._stub.Generate(request, timeout=attempts.remaining_s())
+            try:
+                async for response in call:
+                    yield order.take(response)
+                order.end()
+                return
+            except grpc.RpcError as error:
+                failure = from_rpc(error, self.address)
+            finally:
+                call.cancel()
+            delay_s = None if order.has_begun else attempts.delay_s(failure)
+            if delay_s is None:
+                raise failure
+            await asyncio.sleep(delay_s)
 
     async def generate(
         self,
@@ -134,7 +164,7 @@ class AsyncClient:
         timeout_s: float | None = None,
         **options: Unpack[Options],
     ) -> Output:
-        """Wait for a whole continuation."""
+        """Wait for the whole output."""
         return Output.of([event async for event in self.stream(prompt, params, timeout_s=timeout_s, **options)])
 
     async def cancel(self, request_id: str) -> None:

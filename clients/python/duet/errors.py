@@ -12,6 +12,7 @@ DuetError                  `code` is the gRPC status, None where no server was i
 └── StartFailed                                 LLM could not start the services; the message ends with their log
 
 RESOURCE_EXHAUSTED without ErrorInfo is gRPC's own refusal of a message that is too large: InvalidRequest.
+Streams raise QueueFull and Unavailable after the attempts of the client's Retry.
 """
 
 from collections.abc import Sequence

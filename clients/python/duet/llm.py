@@ -2,25 +2,24 @@
 
 import asyncio
 import atexit
-import dataclasses
 import threading
-import time
 from collections.abc import Coroutine, Sequence
 from typing import Any, Self, TypeVar, cast
 
 from tqdm import tqdm
 
 from duet.client import AsyncClient
-from duet.errors import QueueFull
 from duet.launch import LocalServer, to_flags
-from duet.request import Event, Output, Prompt, SamplingParams
-from protos.duet.inference.v1 import inference_pb2 as pb
+from duet.output import Event, Output
+from duet.params import SamplingParams
+from duet.progress import Progress
+from duet.request import Prompt
+from duet.retry import Retry
 
 T = TypeVar("T")
 
 _MAX_STREAMS = 256  # at once: more than the server runs, fewer than its queue takes
-_REFRESH_S = 0.5
-_RETRY_S = 1.0  # where the server does not say how long
+_RETRY = Retry(first_delay_s=1.0, waits_for_queue=True)
 
 
 class LLM:
@@ -59,8 +58,9 @@ class LLM:
         """Continue every prompt: strings, or lists of token ids.
 
         One SamplingParams counts for all prompts, a list holds one for each. Returns a dict for each prompt, in
-        order, of the fields of duet.Output: `text`, `token_ids`, `finish_reason`, `prompt_tokens` and so on. The
-        first error ends all of the call's requests and is raised.
+        order, of the fields of duet.Output: `text`, `token_ids`, `finish_reason`, `prompt_tokens` and so on, and with
+        n > 1 `choices`, a list of dicts of the fields of duet.Choice. The first error ends all of the call's requests
+        and is raised.
         """
         batch = _as_batch(prompts)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
@@ -70,8 +70,8 @@ class LLM:
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts, but {len(params)} sampling params")
         with tqdm(total=len(batch), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            outputs = self._run(self._generate_all(batch, params, _Progress(bar)))
-        return [dataclasses.asdict(output) for output in outputs]
+            outputs = self._run(self._generate_all(batch, params, Progress(bar)))
+        return [output.as_dict() for output in outputs]
 
     def close(self) -> None:
         """Stop what this object started; the second time, nothing happens."""
@@ -102,59 +102,26 @@ class LLM:
             raise
 
     async def _generate_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], progress: "_Progress"
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], progress: Progress
     ) -> list[Output]:
         limit = asyncio.Semaphore(_MAX_STREAMS)
 
         async def generate(prompt: Prompt, prompt_params: SamplingParams | None) -> Output:
             async with limit:
-                while True:
-                    events: list[Event] = []
-                    try:
-                        async for event in client.stream(prompt, prompt_params):
-                            events.append(event)
-                            progress.count(event)
-                        return Output.of(events)
-                    except QueueFull as error:  # refused before it began
-                        await asyncio.sleep(error.retry_after_s or _RETRY_S)
+                events: list[Event] = []
+                async for event in client.stream(prompt, prompt_params):
+                    events.append(event)
+                    progress.count(event)
+            progress.count_finished()
+            return Output.of(events)
 
         try:
-            async with AsyncClient(self.address) as client, asyncio.TaskGroup() as group:
+            async with AsyncClient(self.address, retry=_RETRY) as client, asyncio.TaskGroup() as group:
                 pairs = zip(prompts, params, strict=True)
                 tasks = [group.create_task(generate(prompt, prompt_params)) for prompt, prompt_params in pairs]
         except ExceptionGroup as group:
             raise group.exceptions[0] from None
         return [task.result() for task in tasks]
-
-
-class _Progress:
-    """Shows finished prompts and tokens per second: of late, and in the end over all."""
-
-    def __init__(self, bar: "tqdm[Any]") -> None:
-        self._bar = bar
-        self._prefill_tokens = 0
-        self._decode_tokens = 0
-        self._start = self._shown = (time.monotonic(), 0, 0)  # seconds, prefill tokens, decode tokens
-
-    def count(self, event: Event) -> None:
-        """Take note of one event of any of the streams."""
-        if isinstance(event, pb.Started):
-            self._prefill_tokens += event.prompt_tokens - event.cached_tokens
-        elif isinstance(event, pb.TokenDelta):
-            self._decode_tokens += len(event.token_ids)
-        else:
-            self._bar.update()
-        if self._bar.n == self._bar.total:
-            self._show(self._start)
-        elif time.monotonic() - self._shown[0] >= _REFRESH_S:
-            self._show(self._shown)
-            self._shown = (time.monotonic(), self._prefill_tokens, self._decode_tokens)
-
-    def _show(self, since: tuple[float, int, int]) -> None:
-        then, prefill, decode = since
-        elapsed_s = max(time.monotonic() - then, 1e-9)
-        rates = (self._prefill_tokens - prefill) / elapsed_s, (self._decode_tokens - decode) / elapsed_s
-        self._bar.set_postfix_str(f"prefill {rates[0]:.0f} tok/s, decode {rates[1]:.0f} tok/s")
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -1,133 +1,64 @@
-"""What goes to the server and what comes back: prompts, sampling parameters, events and outputs."""
+"""Prompts and parameters to the message that goes to the server."""
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypedDict, cast
+from typing import Any, cast
 
-from duet.errors import InvalidRequest, StreamCut
+from duet.errors import InvalidRequest
+from duet.params import Options, SamplingParams, StructuredOutputsParams
 from protos.duet.inference.v1 import inference_pb2 as pb
 
 # Text as it is, token ids, or a conversation of {"role": ..., "content": ...}, oldest first.
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
-# One event of a stream: first Started, then TokenDelta, last Finished.
-Event = pb.Started | pb.TokenDelta | pb.Finished
 
-_FINISH_REASONS = {
-    pb.FINISH_REASON_STOP: "stop",
-    pb.FINISH_REASON_LENGTH: "length",
-    pb.FINISH_REASON_CANCELLED: "cancelled",
+# Where each field of SamplingParams goes; those that are missing here have a function of their own below.
+_PATHS = {
+    "temperature": "sampling.temperature",
+    "top_p": "sampling.top_p",
+    "min_p": "sampling.min_p",
+    "seed": "sampling.seed",
+    "n": "sampling.n",
+    "repetition_penalty": "sampling.repetition_penalty",
+    "frequency_penalty": "sampling.frequency_penalty",
+    "presence_penalty": "sampling.presence_penalty",
+    "allowed_token_ids": "sampling.allowed_token_ids",
+    "banned_token_ids": "sampling.banned_token_ids",
+    "max_tokens": "stop.max_tokens",
+    "min_tokens": "stop.min_tokens",
+    "ignore_eos": "stop.ignore_eos",
+    "stop_token_ids": "stop.stop_token_ids",
+    "include_stop_str_in_output": "stop.include_stop_string",
+    "logprobs": "output.logprobs",
+    "prompt_logprobs": "output.prompt_logprobs",
+    "skip_special_tokens": "output.skip_special_tokens",
+    "truncate_prompt_tokens": "truncate_prompt_tokens",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingParams:
-    """How tokens are chosen and when generation ends. The server checks the ranges."""
-
-    temperature: float = 1.0  # 0 takes the likeliest token
-    top_k: int = 0  # 0, or vLLM's -1, keeps all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None  # None: drawn by the server
-    max_tokens: int | None = 64  # nano-vLLM's default; None: as many as fit
-    ignore_eos: bool = False
-    stop_token_ids: Sequence[int] = ()
-
-
-class Options(TypedDict, total=False):
-    """Further arguments of a request; what they mean, left out too, is said in inference.proto."""
-
-    request_id: str
-    model: str
-    priority: int
-    cache_salt: str
-    skip_special_tokens: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """A finished continuation."""
-
-    text: str
-    token_ids: list[int]
-    finish_reason: str  # stop, length or cancelled
-    stop_token_id: int | None
-    request_id: str
-    seed: int
-    prompt_tokens: int
-    cached_tokens: int  # tokens of the prompt found in the prefix cache
-    preemptions: int
-    recoveries: int  # executors lost and outlived
-
-    @classmethod
-    def of(cls, events: Iterable[Event]) -> "Output":
-        """Put the events of one whole stream together."""
-        started, *deltas, finished = events
-        assert isinstance(started, pb.Started)
-        assert isinstance(finished, pb.Finished)
-        tokens = [delta for delta in deltas if isinstance(delta, pb.TokenDelta)]
-        return cls(
-            text="".join(delta.text for delta in tokens),
-            token_ids=[token for delta in tokens for token in delta.token_ids],
-            finish_reason=_FINISH_REASONS[finished.reason],
-            stop_token_id=finished.stop_token_id if finished.HasField("stop_token_id") else None,
-            request_id=started.request_id,
-            seed=started.seed,
-            prompt_tokens=finished.usage.prompt_tokens,
-            cached_tokens=finished.usage.cached_tokens,
-            preemptions=finished.usage.preemptions,
-            recoveries=finished.usage.recoveries,
-        )
-
-
-class StreamOrder:
-    """Watches one stream: `started` is first, offsets follow on, `finished` is last."""
-
-    def __init__(self) -> None:
-        self._started = False
-        self._finished = False
-        self._next_offset = 0
-
-    def take(self, response: pb.GenerateResponse) -> Event:
-        """The event of the next message. Raises: StreamCut where it does not follow the one before."""
-        name = response.WhichOneof("event")
-        if self._finished or (name == "started") == self._started:
-            raise StreamCut(f"the server sent {name or 'an empty message'} out of order")
-        if name == "started":
-            self._started = True
-            return response.started
-        if name == "finished":
-            self._finished = True
-            return response.finished
-        if response.delta.offset != self._next_offset:
-            raise StreamCut(f"tokens from {self._next_offset} were due, those from {response.delta.offset} came")
-        self._next_offset += len(response.delta.token_ids)
-        return response.delta
-
-    def end(self) -> None:
-        """The server closed the stream. Raises: StreamCut before `finished`."""
-        if not self._finished:
-            raise StreamCut(f"the stream ended after {self._next_offset} tokens without saying why")
+_UNSET = {field.name: field.default for field in dataclasses.fields(SamplingParams)} | {"max_tokens": None}
 
 
 def build_request(prompt: Prompt, params: SamplingParams | None, options: Options) -> pb.GenerateRequest:
-    """The message for one prompt.
+    """The message for one prompt; what is the server's own default stays unset in it.
 
     Raises: InvalidRequest for a value that the field's type cannot hold; all else is left to the server.
     """
     params = params or SamplingParams()
     request = pb.GenerateRequest()
     _set_prompt(request, prompt)
-    for name in ("temperature", "top_p", "min_p", "seed"):
-        _set(request.sampling, name, getattr(params, name), "sampling.")
-    _set(request.sampling, "top_k", 0 if params.top_k == -1 else params.top_k, "sampling.")
-    for name in ("max_tokens", "ignore_eos"):
-        _set(request.stop, name, getattr(params, name), "stop.")
-    _extend(request.stop.stop_token_ids, params.stop_token_ids, "stop.stop_token_ids")
+    for name, path in _PATHS.items():
+        value = getattr(params, name)
+        if value != _UNSET[name]:
+            _set(request, path, value)
+    if params.top_k not in (0, -1):
+        _set(request, "sampling.top_k", params.top_k)
+    if params.stop:
+        _set(request, "stop.stop_strings", [params.stop] if isinstance(params.stop, str) else params.stop)
+    if params.logit_bias:
+        _set_logit_bias(request, params.logit_bias)
+    if params.structured_outputs is not None:
+        _set_constraint(request.constraint, params.structured_outputs)
     for name, value in options.items():
-        if name == "skip_special_tokens":
-            _set(request.output, name, value, "output.")
-        else:
-            _set(request, name, value)
+        _set(request, "output.echo" if name == "echo" else name, value)
     return request
 
 
@@ -141,7 +72,7 @@ def _set_prompt(request: pb.GenerateRequest, prompt: Prompt) -> None:
             _add_message(request.chat, message, f"chat.messages[{index}].")
     else:
         request.token_ids.SetInParent()
-        _extend(request.token_ids.ids, cast(Sequence[int], prompt), "token_ids.ids")
+        _set(request, "token_ids.ids", prompt)
 
 
 def _add_message(chat: pb.Chat, message: Mapping[str, Any], path: str) -> None:
@@ -155,17 +86,50 @@ def _add_message(chat: pb.Chat, message: Mapping[str, Any], path: str) -> None:
         _set(added.parts.add(), "text", part.get("text"), f"{path}parts[{index}].")
 
 
-def _set(message: Any, name: str, value: Any, path: str = "") -> None:
+def _set_logit_bias(request: pb.GenerateRequest, biases: Mapping[int, float]) -> None:
+    for token_id, bias in biases.items():
+        try:
+            request.sampling.logit_bias[token_id] = bias
+        except (TypeError, ValueError) as error:
+            raise InvalidRequest(f"logit_bias: {error}", field=f"sampling.logit_bias[{token_id}]") from None
+
+
+def _set_constraint(constraint: pb.Constraint, wanted: StructuredOutputsParams) -> None:
+    languages = [name for name, value in dataclasses.asdict(wanted).items() if value is not None]
+    if len(languages) != 1 or wanted.json_object is False:
+        raise InvalidRequest("structured_outputs names exactly one language", field="constraint")
+    if wanted.json is not None:
+        schema = wanted.json if isinstance(wanted.json, str) else json.dumps(wanted.json)
+        _set(constraint, "json_schema", schema, "constraint.")
+    elif wanted.json_object:
+        constraint.json_object.SetInParent()
+    elif wanted.choice is not None:
+        constraint.choice.SetInParent()
+        _set(constraint, "choice.texts", wanted.choice, "constraint.")
+    else:
+        _set(constraint, languages[0], getattr(wanted, languages[0]), "constraint.")
+
+
+def _set(message: Any, path: str, value: Any, prefix: str = "") -> None:
+    """Set the field at `path` below `message`, whose own path is `prefix`; None leaves it unset."""
     if value is None:
         return
+    *parents, name = path.split(".")
+    for parent in parents:
+        message = getattr(message, parent)
+    field = message.DESCRIPTOR.fields_by_name.get(name)
+    if field is None:
+        raise InvalidRequest(f"there is no option {path!r}", field=prefix + path)
     try:
-        setattr(message, name, value)
+        if field.is_repeated:
+            getattr(message, name).extend(_elements(value))
+        else:
+            setattr(message, name, value)
     except (TypeError, ValueError, AttributeError) as error:
-        raise InvalidRequest(f"{path}{name}: {error}", field=path + name) from None
+        raise InvalidRequest(f"{prefix}{path}: {error}", field=prefix + path) from None
 
 
-def _extend(repeated: Any, values: Iterable[int], path: str) -> None:
-    try:
-        repeated.extend(values)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{path}: {error}", field=path) from None
+def _elements(value: Any) -> Iterable[Any]:
+    if isinstance(value, str):  # whose characters nobody means
+        raise TypeError(f"{value!r} is no list")
+    return value

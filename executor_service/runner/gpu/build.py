@@ -22,7 +22,9 @@ from executor_service.runner.build import LoadedModel, load
 from executor_service.runner.gpu.buffers import DeviceBuffers
 from executor_service.runner.gpu.gpu_runner import GpuRunner
 from executor_service.runner.gpu.graphs import StepGraphs
+from executor_service.runner.gpu.prompt_rows import PromptRows
 from executor_service.runner.gpu.rings import StepRings
+from executor_service.runner.gpu.special_rows import SpecialRows, SpecialSlots
 from executor_service.runner.gpu.step_program import PrefillShape, StepProgram
 from executor_service.runner.kv_cache import KVCacheShape, count_blocks
 from executor_service.weights.errors import UnfitSettings
@@ -98,7 +100,7 @@ def _build(loaded: LoadedModel, device: torch.device) -> GpuRunner:
     _run_worst_steps(loaded, program)  # once more where blocks were counted: kernels are compiled now, not at a request
     graphs = StepGraphs(program, loaded.max_num_seqs, loaded.max_tokens_per_step, loaded.max_model_len)
     if _captures(config):
-        graphs.capture()
+        graphs.capture(SpecialRows.nobody(device))
     torch.cuda.current_stream().synchronize()
     buffers.cursor.zero_()  # until here steps ran without rows
     rings.results.zero_()
@@ -145,9 +147,9 @@ def _make_program(
     backend = kind(attention, buffers.block_tables, loaded.max_model_len, workspace)
     kv_caches = _allocate(loaded.cache_shape, num_blocks, device)
     arguments = loaded.model, kv_caches, backend, buffers, rings, config.block_size
-    if shard is None and loaded.group.placement.size > 1:
-        return buffers, rings, StepProgram(*arguments, gather_logits=_gather_logits(loaded))
-    return buffers, rings, StepProgram(*arguments, shard=shard)
+    if loaded.group.placement.size > 1:
+        return buffers, rings, StepProgram(*arguments, shard=shard, gather_logits=_gather_logits(loaded))
+    return buffers, rings, StepProgram(*arguments)
 
 
 def _allocate(shape: KVCacheShape, num_blocks: int, device: torch.device) -> list[torch.Tensor]:
@@ -157,19 +159,26 @@ def _allocate(shape: KVCacheShape, num_blocks: int, device: torch.device) -> lis
 
 
 def _run_worst_steps(loaded: LoadedModel, program: StepProgram) -> None:
-    """The largest prefills and the largest decode step, of no sequence."""
-    tokens = loaded.max_tokens_per_step
-    seqs = min(loaded.max_num_seqs, tokens)
+    """The largest prefills and the largest decode step, without and with special rows, of no sequence."""
+    tokens, max_seqs, device = loaded.max_tokens_per_step, loaded.max_num_seqs, torch.device("cuda")
+    seqs = min(max_seqs, tokens)
+    nobody = SpecialRows.nobody(device)
     for has_cached in (False, True):
-        program.prefill(PrefillShape(tokens, seqs, seqs, tokens, has_cached))
-    program.decode(loaded.max_num_seqs, loaded.max_model_len)
+        shape = PrefillShape(tokens, seqs, seqs, tokens, has_cached)
+        program.prefill(shape)
+    program.prefill_and_report(shape, PromptRows.nobody(tokens, max_seqs, device))
+    program.sample_special(seqs, nobody, is_decode=False)
+    for samples in (True, False):
+        program.decode(max_seqs, loaded.max_model_len, samples=samples)
+    program.sample_special(max_seqs, nobody, is_decode=True)
     torch.cuda.current_stream().synchronize()
 
 
 def _free_bytes_in_the_worst_step(loaded: LoadedModel, device: torch.device, shard: Shard | None) -> int:
     """Bytes that the settings leave to the KV cache, while the largest steps have all the memory they need.
 
-    What the steps needed stays reserved by PyTorch's allocator, which hands it out again.
+    What the steps needed stays reserved by PyTorch's allocator, which hands it out again. What sequences may ask for
+    beside it, above all counts of their tokens, is allocated when they do, and left free here.
     """
     _, _, program = _make_program(loaded, 1, device, shard)
     graphs_bytes = 0
@@ -183,8 +192,9 @@ def _free_bytes_in_the_worst_step(loaded: LoadedModel, device: torch.device, sha
         torch.cuda.empty_cache()
     _run_worst_steps(loaded, program)
     free_bytes, total_bytes = torch.cuda.mem_get_info(device)
-    used_bytes = total_bytes - free_bytes
-    return int(total_bytes * loaded.config.gpu_memory_utilization) - used_bytes - graphs_bytes - _MARGIN_BYTES
+    kept_bytes = total_bytes - free_bytes + graphs_bytes + _MARGIN_BYTES
+    kept_bytes += SpecialSlots.most_bytes(loaded.max_num_seqs, loaded.model.config.vocab_size)
+    return int(total_bytes * loaded.config.gpu_memory_utilization) - kept_bytes
 
 
 def _name(device: torch.device) -> str:

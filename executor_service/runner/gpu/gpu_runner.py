@@ -1,29 +1,31 @@
 """Runs plans on a GPU. The host keeps what it knows without the device: tokens that came with a plan, lengths, sets.
 
-A common decode step costs the host a few small writes and one graph launch. It waits only where it is far ahead: for a
-ring's entry, or a staging buffer, that is still in use.
+A common decode step costs the host a few small writes and one graph launch. A step with special rows, whose logits are
+changed before sampling or reported after it, costs a graph launch and some ten more. The host waits only where it is
+far ahead: for a ring's entry, or a staging buffer, that is still in use.
 """
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from executor_service.plan import Column, InvalidPlan, NewSequence, Plan
+from executor_service.plan import NO_COLUMN, Column, InvalidPlan, NewSequence, Plan
 from executor_service.runner.gpu.buffers import MAX_STOP_TOKEN_IDS, DeviceBuffers, split_columns
 from executor_service.runner.gpu.graphs import StepGraphs
+from executor_service.runner.gpu.launched_step import LaunchedStep, Reports
+from executor_service.runner.gpu.prompt_rows import find_prompt_rows
 from executor_service.runner.gpu.rings import RING_SIZE, StepRings
+from executor_service.runner.gpu.special_rows import SpecialRows, SpecialSlots
 from executor_service.runner.gpu.staging import StagingBuffers
 from executor_service.runner.gpu.step_program import PrefillShape
 from executor_service.runner.ledger import Ledger
+from executor_service.runner.prompt_report import PromptReport
 from executor_service.runner.runner import Pending, RunnerInfo, StepOutput
 from kernels.gpu.slot_state import RECORD_SIZE, Admission, admit, pack
-from kernels.gpu.step_rings import REASON_CONTINUES, REASON_FAILED
 
 _NO_APPENDS = np.zeros((3, 0), dtype=np.int32)
-_NO_COLUMN = np.zeros(0, dtype=np.int32)
 
 
 class GpuRunner:
@@ -51,7 +53,9 @@ class GpuRunner:
         limits = self._info.limits
         self._ledger = Ledger.empty(limits)
         self._known: list[Column | None] = [None] * limits.num_slots  # tokens that each sequence came with
-        self._rows = _NO_COLUMN  # [num_decoding], the slots of the decode set
+        self._special = SpecialSlots(limits.num_slots, limits.vocab_size, self._buffers.rows.device)
+        self._prompt_reports: dict[int, PromptReport] = {}  # by slot, where the prompt is reported
+        self._rows = NO_COLUMN  # [num_decoding], the slots of the decode set
         self._rows_changed = True  # since the last decode step
         self._appends = _NO_APPENDS  # [3, n]: slot, column and block that the device's tables still lack
 
@@ -62,8 +66,9 @@ class GpuRunner:
             yield self._prefill(plan)
         elif not plan.iterations:
             yield _nothing(plan.step_id)
+        special = self._find_special_decode_rows(plan) if plan.iterations and self._special.may_be_in(plan) else None
         for step_id in range(plan.step_id, plan.step_id + plan.iterations):
-            yield self._decode(step_id) if len(self._rows) else _nothing(step_id)
+            yield self._decode(step_id, special) if len(self._rows) else _nothing(step_id)
 
     def _apply(self, plan: Plan) -> None:
         for sequence in plan.new_sequences:
@@ -71,8 +76,10 @@ class GpuRunner:
                 raise InvalidPlan(f"slot {sequence.slot}: more than {MAX_STOP_TOKEN_IDS} stop tokens")
         self._ledger = self._ledger.after(plan)
         if len(plan.release_slots):
+            self._special.release(plan.release_slots)
             for slot in plan.release_slots.tolist():
                 self._known[slot] = None
+                self._prompt_reports.pop(slot, None)
             self._appends = self._appends[:, ~np.isin(self._appends[0], plan.release_slots)]
         if plan.new_sequences:
             self._admit(plan.new_sequences)
@@ -86,6 +93,9 @@ class GpuRunner:
     def _admit(self, sequences: list[NewSequence]) -> None:
         for sequence in sequences:
             self._known[sequence.slot] = sequence.token_ids
+            self._special.admit(sequence)
+            if width := sequence.sampling.num_prompt_logprobs:
+                self._prompt_reports[sequence.slot] = PromptReport(width, sequence.num_prompt_tokens)
         staging = self._admission_staging.take()
         pack([_admission(sequence) for sequence in sequences], staging.numpy())
         buffers = self._buffers
@@ -100,13 +110,20 @@ class GpuRunner:
             self._buffers.block_tables[slots, columns] = blocks.int()
             self._appends = _NO_APPENDS
 
-    def _decode(self, step_id: int) -> Pending:
+    def _find_special_decode_rows(self, plan: Plan) -> SpecialRows | None:
+        """Of all iterations of a plan that has been applied."""
+        # A sequence that ends in this plan holds more.
+        num_tokens = self._ledger.num_computed[self._rows] + 1 - plan.iterations
+        return self._special.find(self._rows, num_tokens, plan)
+
+    def _decode(self, step_id: int, special: SpecialRows | None) -> Pending:
         step = self.rings.claim()
         self.rings.write_plan(step, self._rows if self._rows_changed else None, self._appends)
         self._rows_changed, self._appends = False, _NO_APPENDS
         longest = int(self._ledger.num_computed[self._rows].max()) + 1
-        self._graphs.run_decode(len(self._rows), longest)
-        return self._launched(step, step_id, self._rows, partial=False)
+        entries = self._graphs.run_decode(len(self._rows), longest, special)
+        reports = Reports(special.reported, entries) if special and special.reported else None
+        return self._launched(step, step_id, self._rows, reports, partial=False)
 
     def _prefill(self, plan: Plan) -> Pending:
         samples = plan.prefill_samples.astype(np.bool_)
@@ -124,8 +141,29 @@ class GpuRunner:
         size = self._fill_columns(staging, plan, samples)
         self._buffers.prefill_array[:size].copy_(staging[:size], non_blocking=True)
         self._prefill_staging.launched()
-        self._graphs.run_prefill(shape)
-        return self._launched(step, plan.step_id, plan.prefill_slots[samples], partial=plan.iterations > 0)
+        reports = self._run_prefill(shape, plan, samples)
+        return self._launched(step, plan.step_id, plan.prefill_slots[samples], reports, partial=plan.iterations > 0)
+
+    def _run_prefill(self, shape: PrefillShape, plan: Plan, samples: np.ndarray) -> Reports | None:
+        slots = plan.prefill_slots[samples]
+        special = prompts = None
+        if self._special.may_be_in(plan):
+            special = self._special.find(slots, self._ledger.num_computed[slots], plan)
+        if self._prompt_reports:
+            num_slots, device = len(self._known), self._buffers.rows.device
+            prompts = find_prompt_rows(plan, self._prompt_reports, self._known, num_slots, device)
+        if special is None and prompts is None:
+            self._graphs.run_prefill(shape)
+            return None
+        entries, prompt_entries = self._graphs.run_special_prefill(shape, special, prompts)
+        own_reports = {row: self._prompt_reports.get(slot) for row, slot in enumerate(slots.tolist())}
+        return Reports(
+            special.reported if special else None,
+            entries,
+            prompts,
+            prompt_entries,
+            {row: report for row, report in own_reports.items() if report},
+        )
 
     def _fill_columns(self, staging: Tensor, plan: Plan, samples: np.ndarray) -> int:
         """Write the plan's chunks to the staging array, and padding behind them; returns the integers to copy."""
@@ -148,45 +186,14 @@ class GpuRunner:
             input_ids[row : row + count] = known[start : start + count]
         return self._buffers.layout.header_size + int(row_ends[-1])
 
-    def _launched(self, step: int, step_id: int, rows: Column, *, partial: bool) -> Pending:
+    def _launched(self, step: int, step_id: int, rows: Column, reports: Reports | None, *, partial: bool) -> Pending:
         event = self._events[step % RING_SIZE]
         event.record()
-        return _LaunchedStep(step_id, partial, rows, step, event, self.rings)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LaunchedStep:
-    """See Pending."""
-
-    step_id: int
-    partial: bool
-    rows: Column  # [num_rows], their slots
-    step: int  # as the rings count
-    event: torch.cuda.Event
-    rings: StepRings
-
-    def wait(self) -> StepOutput:
-        """See Pending."""
-        try:
-            self.event.synchronize()
-            result = self.rings.read_result(self.step, len(self.rows))
-        finally:  # or the runner would wait for the entry for ever
-            self.rings.release()
-        is_failed = result.reasons == REASON_FAILED
-        sampled = (result.reasons >= REASON_CONTINUES) & ~is_failed
-        return StepOutput(
-            step_id=self.step_id,
-            partial=self.partial,
-            slots=self.rows[sampled],
-            token_ids=result.token_ids[sampled],
-            finish_reasons=result.reasons[sampled],
-            slot_errors=[(slot, "non-finite logits") for slot in self.rows[is_failed].tolist()],
-            device_time_ns=result.device_time_ns,
-        )
+        return LaunchedStep(step_id, partial, rows, step, event, self.rings, reports)
 
 
 def _nothing(step_id: int) -> StepOutput:
-    return StepOutput(step_id, False, _NO_COLUMN, _NO_COLUMN, _NO_COLUMN, [], 0)
+    return StepOutput(step_id, False, NO_COLUMN, NO_COLUMN, NO_COLUMN, [], 0)
 
 
 def _admission(sequence: NewSequence) -> Admission:

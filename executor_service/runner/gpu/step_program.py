@@ -8,8 +8,12 @@ from torch import Tensor
 
 from executor_service.layers.cuda_attention import CudaAttention, DecodeStep, PrefillStep
 from executor_service.models import CausalLM
+from executor_service.models.causal_lm import Hidden
 from executor_service.runner.gpu.buffers import DeviceBuffers
+from executor_service.runner.gpu.prompt_rows import PromptRows
 from executor_service.runner.gpu.rings import StepRings
+from executor_service.runner.gpu.special_rows import SpecialRows
+from executor_service.runner.gpu.special_sampler import SpecialSampler, Vocabulary
 from kernels.gpu import slot_state, step_rings
 from kernels.gpu.sampler import Workspace, sample
 from kernels.gpu.sampler_shard import Shard
@@ -47,7 +51,8 @@ class StepProgram:
         """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim].
 
         shard: where the model computes the logits of a part of the vocabulary, and the ranks choose tokens together;
-        otherwise gather_logits turns what it computes into the logits of all tokens.
+        gather_logits turns what it computes into the logits of all tokens, for all steps without a shard and for those
+        with special rows.
         """
         self._model = model
         self._kv_caches = kv_caches
@@ -56,13 +61,19 @@ class StepProgram:
         self._rings = rings
         self._block_size = block_size
         self._gather_logits = gather_logits
-        self._sampler = Workspace.empty(
-            len(buffers.rows), model.config.vocab_size, kv_caches[0].dtype, buffers.rows.device, shard=shard
-        )
+        max_rows, vocab_size = len(buffers.rows), model.config.vocab_size
+        dtype, device = kv_caches[0].dtype, buffers.rows.device
+        self._sampler = Workspace.empty(max_rows, vocab_size, dtype, device, shard=shard)
+        whole = Workspace.empty(max_rows, vocab_size, dtype, device) if shard else self._sampler
+        vocabulary = Vocabulary(vocab_size, model.vocab_span.stop - model.vocab_span.start, gather_logits)
+        self._special = SpecialSampler(max_rows, vocabulary, whole, buffers.state)
 
     @torch.inference_mode()
-    def decode(self, batch: int, longest_context: int) -> None:
-        """One token for each of the first `batch` rows; longest_context: tokens, an upper bound."""
+    def decode(self, batch: int, longest_context: int, *, samples: bool = True) -> None:
+        """One token for each of the first `batch` rows; longest_context: tokens, an upper bound.
+
+        samples: otherwise the step ends with `sample_special`.
+        """
         buffers = self._buffers
         inputs = step_rings.decode_inputs(
             self._rings.plans,
@@ -79,11 +90,36 @@ class StepProgram:
         attend = self._attention.begin_decode(DecodeStep(inputs, longest_context))
         hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
         logits = self._model.compute_logits(hidden)
-        self._sample(logits, inputs.row_slots, inputs.context_lens, is_decode=True)
+        if samples:
+            self._sample(logits, inputs.row_slots, inputs.context_lens, is_decode=True)
+        else:
+            self._special.keep(logits, inputs.row_slots, inputs.context_lens)
 
     @torch.inference_mode()
-    def prefill(self, shape: PrefillShape) -> None:
-        """The chunks that `buffers.prefill` holds, and the first token of those that end there."""
+    def prefill(self, shape: PrefillShape, *, samples: bool = True) -> None:
+        """The chunks that `buffers.prefill` holds, and the first token of those that end there.
+
+        samples: otherwise the step ends with `sample_special`.
+        """
+        self._end_prefill(shape, self._forward_prefill(shape), samples=samples)
+
+    @torch.inference_mode()
+    def prefill_and_report(self, shape: PrefillShape, prompts: PromptRows) -> Tensor:
+        """A prefill that ends with `sample_special`; returns what SpecialSampler.report_prompts does."""
+        hidden = self._forward_prefill(shape)
+        entries = self._special.report_prompts(prompts, lambda rows: self._model.compute_logits(hidden.select(rows)))
+        self._end_prefill(shape, hidden, samples=False)
+        return entries
+
+    @torch.inference_mode()
+    def sample_special(self, num_rows: int, special: SpecialRows, *, is_decode: bool) -> Tensor | None:
+        """The end of a step of num_rows that has sampled nothing yet; returns Chosen.entries."""
+        chosen = self._special.sample(num_rows, special)
+        row_slots = self._special.row_slots[:num_rows]
+        self._advance(chosen.token_ids, chosen.logprobs, row_slots, is_decode=is_decode)
+        return chosen.entries
+
+    def _forward_prefill(self, shape: PrefillShape) -> Hidden:
         buffers, n = self._buffers, shape.num_tokens
         positions = torch.zeros(n, dtype=torch.int32, device=buffers.rows.device)
         slot_mapping = torch.full_like(positions, -1)
@@ -108,15 +144,24 @@ class StepProgram:
             has_cached=shape.has_cached,
         )
         attend = self._attention.begin_prefill(step)
-        hidden = self._model.forward(buffers.prefill.input_ids[:n], self._kv_caches, attend)
-        rows, sample_slots, sample_lens = buffers.prefill.samples[:, : shape.num_samples]
+        return self._model.forward(buffers.prefill.input_ids[:n], self._kv_caches, attend)
+
+    def _end_prefill(self, shape: PrefillShape, hidden: Hidden, *, samples: bool) -> None:
+        rows, sample_slots, sample_lens = self._buffers.prefill.samples[:, : shape.num_samples]
         logits = self._model.compute_logits(hidden.select(rows))
-        self._sample(logits, sample_slots, sample_lens, is_decode=False)
+        if samples:
+            self._sample(logits, sample_slots, sample_lens, is_decode=False)
+        else:
+            self._special.keep(logits, sample_slots, sample_lens)
 
     def _sample(self, logits: Tensor, row_slots: Tensor, context_lens: Tensor, *, is_decode: bool) -> None:
+        if self._sampler.shard is None:
+            logits = self._gather_logits(logits)
+        token_ids, logprobs = sample(logits, row_slots, self._buffers.state, context_lens, self._sampler)
+        self._advance(token_ids, logprobs, row_slots, is_decode=is_decode)
+
+    def _advance(self, token_ids: Tensor, logprobs: Tensor, row_slots: Tensor, *, is_decode: bool) -> None:
         buffers = self._buffers
-        logits = self._gather_logits(logits)
-        token_ids, logprobs = sample(logits, row_slots, buffers.state, context_lens, self._sampler)
         step_rings.advance(
             token_ids,
             logprobs,

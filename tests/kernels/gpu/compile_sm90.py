@@ -26,6 +26,8 @@ from kernels.gpu import (
     activation,
     decode_attention,
     decode_split,
+    logit_changes,
+    logprobs,
     norm,
     peer_all_reduce,
     peer_exchange,
@@ -159,6 +161,18 @@ def run_sampler(shape: Shape, dtype: torch.dtype) -> None:
         sampler.sample(logits, ints(batch), state, ints(batch), workspace)
 
 
+def run_special_rows(shape: Shape, dtype: torch.dtype) -> None:
+    logits = torch.empty(32, shape.vocab_size, dtype=dtype)
+    records = torch.empty(3, logit_changes.RECORD_SIZE.value, dtype=torch.int64)
+    logit_changes.change_logits(logits, ints(32), ints(32), records)
+    logit_changes.settle_tokens(ints(32), logits, records)
+    workspace = logprobs.LogprobWorkspace.empty(256, shape.vocab_size, CPU)
+    for num_rows in (1, 16, 21):  # one variant for all
+        columns = ints(4, num_rows)
+        entries = ints(num_rows, logprobs.ENTRY_SIZE)
+        logprobs.log_probabilities(logits, columns[3], columns[1:3], entries, workspace)
+
+
 def run_peers(shape: Shape, dtype: torch.dtype) -> None:
     """What ranks run together, for the last rank of a small and of a large group."""
     state = ints(slot_state.NUM_FIELDS.value, NUM_SLOTS)
@@ -202,6 +216,7 @@ RUNS: list[Callable[[Shape, torch.dtype], None]] = [
     run_linear,
     run_attention,
     run_sampler,
+    run_special_rows,
     run_peers,
     run_step,
 ]
@@ -219,7 +234,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def variants(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Every variant of a dtype once: {kernel, run, shape, dtype, seconds, shared, registers, spilled}."""
+    """Every variant of a dtype once, each {kernel, run, shape, dtype, seconds, shared, registers, spilled}."""
     launched: list[tuple[str, Any, float]] = []
     seen: set[int] = set()
     original = JITFunction.run
@@ -232,8 +247,10 @@ def variants(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
 
     driver.set_active(Sm90Driver())  # pyright: ignore[reportArgumentType]
     JITFunction.run = compile_only
+    # What knows no dtype is compiled beside the one that has fewer variants.
+    runs = [run for run in RUNS if run is not run_step or dtype == torch.float32]
     for shape in SHAPES:
-        for run in RUNS:
+        for run in runs:
             launched.clear()
             run(shape, dtype)
             for name, kernel, seconds in launched:

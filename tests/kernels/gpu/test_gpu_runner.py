@@ -103,7 +103,7 @@ def sequence(slot: int, tokens: Sequence[int], blocks: Sequence[int], **changes:
 
 def plan(step_id: int, new: Sequence[NewSequence] = (), iterations: int = 0, **columns: Sequence[int]) -> Plan:
     names = ("release_slots", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts",
-             "prefill_samples", "join_slots", "leave_slots")  # fmt: skip
+             "prefill_samples", "join_slots", "leave_slots", "mask_slots")  # fmt: skip
     return Plan(
         step_id=step_id, new_sequences=list(new), iterations=iterations,
         **{name: column(columns.get(name, ())) for name in names},

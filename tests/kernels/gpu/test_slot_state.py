@@ -7,7 +7,7 @@ import torch
 from kernels.gpu import slot_state as fields
 from kernels.gpu.decode_split import BLOCK_ID, Split, make_schedule
 from kernels.gpu.slot_state import NUM_FIELDS, Admission, admit, pack, packed_size, prefill_inputs
-from kernels.gpu.step_rings import FAILED, DecodeInputs, RingLayout, advance, decode_inputs
+from kernels.gpu.step_rings import FAILED, NONE_LEFT, DecodeInputs, RingLayout, advance, decode_inputs
 
 NUM_SLOTS, MAX_BLOCKS, MAX_STOPS, BLOCK_SIZE = 6, 40, 5, 16
 POISON = -(2**31)
@@ -189,8 +189,9 @@ def test_rows_stay_until_an_entry_changes_them(batch, device):
     assert slots.decode(batch).row_slots.tolist() == [2, -1, -1][:batch]
 
 
+@pytest.mark.parametrize("failure", [FAILED.value, NONE_LEFT.value])
 @pytest.mark.parametrize("decode", [True, False])
-def test_advance_ends_sequences_for_the_right_reason(decode, device):
+def test_advance_ends_sequences_for_the_right_reason(decode, failure, device):
     slots = Slots(device)
     length = 9  # after the step
     for slot in range(NUM_SLOTS):
@@ -204,9 +205,9 @@ def test_advance_ends_sequences_for_the_right_reason(decode, device):
     slots.set(fields.NUM_STOPS, s4=0)
 
     #        goes on, length, stop before length, failed, no stop of its own
-    slots.advance([52, 60, 51, FAILED.value, 50], [0, 1, 2, 3, 4], decode=decode)
+    slots.advance([52, 60, 51, failure, 50], [0, 1, 2, 3, 4], decode=decode)
     token_ids, reasons, logprobs = slots.result(0, 5)
-    assert token_ids == [52, 60, 51, FAILED.value, 50]
+    assert token_ids == [52, 60, 51, failure, 50]
     assert reasons == [0, 2, 1, 3, 0]
     assert logprobs == [-0.5, -1.5, -2.5, -3.5, -4.5]
     assert slots.get(fields.DONE) == [0, 1, 1, 1, 0, 0]

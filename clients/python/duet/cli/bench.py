@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from duet.bench.duet_target import DuetTarget
 from duet.bench.limit import Ceilings, Limit, ModelCost, limit_of
@@ -23,9 +23,9 @@ from duet.cli.flags import add_address
 N = TypeVar("N", int, float)
 
 
-def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser("bench", help="measure a running server", description="Measure a running server.")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's flags."""
+    parser.description = "Measure a running server."
     load = parser.add_argument_group("load", "A scenario sets the flags of this group; each may be changed.")
     load.add_argument("--scenario", choices=SCENARIOS, default="fixed", help="(%(default)s)")
     load.add_argument("--streams", "--requests", type=_at_least(1), metavar="N", help="requests in all")
@@ -46,7 +46,6 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--model-dir", type=Path, metavar="DIR", help="of the model's config.json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store everything here as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the median run here as PNG (needs matplotlib)")
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

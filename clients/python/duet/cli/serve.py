@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import threading
-from typing import Any
 
 from duet.client import DEFAULT_ADDRESS
 from duet.launch import service_children, wait_for_session
@@ -15,22 +14,17 @@ from servicekit.supervisor import Supervisor, bind_to_parent, stop_on_signals
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "*": "127.0.0.1"}
 
 
-def add_parser(commands: Any) -> None:
-    """Add the subcommand."""
-    parser = commands.add_parser(
-        "serve",
-        allow_abbrev=False,  # an abbreviation could be another service's flag
-        help="start a server on this machine",
-        description="Start the scheduler service and the executor service, restart what dies, stop both on Ctrl-C.",
-        epilog="Further flags are passed on: see `python -m scheduler_service --help` and "
-        "`python -m executor_service --help`.",
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's flags."""
+    parser.description = "Start the scheduler service and the executor service, restart what dies, stop both on Ctrl-C."
+    parser.epilog = (
+        "Further flags are passed on: see `python -m scheduler_service --help` and `python -m executor_service --help`."
     )
-    parser.add_argument("model", help="Hugging Face directory of a supported model")
+    parser.add_argument("model", metavar="DIR", help="Hugging Face directory of a supported model")
     parser.add_argument("--listen", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="for clients (%(default)s)")
     parser.add_argument(
         "--executor-listen", default="127.0.0.1:50052", metavar="HOST:PORT", help="of the executor (%(default)s)"
     )
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -83,7 +83,7 @@ class SessionOpened(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "step_id", "release_slots", "new_sequences", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts", "prefill_samples", "join_slots", "leave_slots", "iterations")
+    __slots__ = ("epoch", "step_id", "release_slots", "new_sequences", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts", "prefill_samples", "join_slots", "leave_slots", "iterations", "mask_slots", "masks")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RELEASE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -97,6 +97,8 @@ class StepPlan(_message.Message):
     JOIN_SLOTS_FIELD_NUMBER: _ClassVar[int]
     LEAVE_SLOTS_FIELD_NUMBER: _ClassVar[int]
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
+    MASK_SLOTS_FIELD_NUMBER: _ClassVar[int]
+    MASKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     release_slots: bytes
@@ -110,7 +112,9 @@ class StepPlan(_message.Message):
     join_slots: bytes
     leave_slots: bytes
     iterations: int
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., release_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_starts: _Optional[bytes] = ..., prefill_counts: _Optional[bytes] = ..., prefill_samples: _Optional[bytes] = ..., join_slots: _Optional[bytes] = ..., leave_slots: _Optional[bytes] = ..., iterations: _Optional[int] = ...) -> None: ...
+    mask_slots: bytes
+    masks: bytes
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., release_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_starts: _Optional[bytes] = ..., prefill_counts: _Optional[bytes] = ..., prefill_samples: _Optional[bytes] = ..., join_slots: _Optional[bytes] = ..., leave_slots: _Optional[bytes] = ..., iterations: _Optional[int] = ..., mask_slots: _Optional[bytes] = ..., masks: _Optional[bytes] = ...) -> None: ...
 
 class NewSequence(_message.Message):
     __slots__ = ("slot", "token_ids", "num_prompt_tokens", "num_cached_tokens", "block_ids", "sampling", "stop_token_ids", "max_total_tokens")
@@ -133,23 +137,45 @@ class NewSequence(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., num_prompt_tokens: _Optional[int] = ..., num_cached_tokens: _Optional[int] = ..., block_ids: _Optional[bytes] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop_token_ids: _Optional[bytes] = ..., max_total_tokens: _Optional[int] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "choice_index")
+    __slots__ = ("temperature", "top_k", "top_p", "min_p", "seed", "choice_index", "repetition_penalty", "frequency_penalty", "presence_penalty", "bias_token_ids", "bias_values", "allowed_token_ids", "banned_token_ids", "min_total_tokens", "end_token_ids", "num_logprobs", "num_prompt_logprobs")
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
     TOP_K_FIELD_NUMBER: _ClassVar[int]
     TOP_P_FIELD_NUMBER: _ClassVar[int]
     MIN_P_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     CHOICE_INDEX_FIELD_NUMBER: _ClassVar[int]
+    REPETITION_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    FREQUENCY_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    PRESENCE_PENALTY_FIELD_NUMBER: _ClassVar[int]
+    BIAS_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BIAS_VALUES_FIELD_NUMBER: _ClassVar[int]
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    BANNED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    MIN_TOTAL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    END_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    NUM_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    NUM_PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     temperature: float
     top_k: int
     top_p: float
     min_p: float
     seed: int
     choice_index: int
-    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., choice_index: _Optional[int] = ...) -> None: ...
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    bias_token_ids: bytes
+    bias_values: bytes
+    allowed_token_ids: bytes
+    banned_token_ids: bytes
+    min_total_tokens: int
+    end_token_ids: bytes
+    num_logprobs: int
+    num_prompt_logprobs: int
+    def __init__(self, temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., seed: _Optional[int] = ..., choice_index: _Optional[int] = ..., repetition_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., bias_token_ids: _Optional[bytes] = ..., bias_values: _Optional[bytes] = ..., allowed_token_ids: _Optional[bytes] = ..., banned_token_ids: _Optional[bytes] = ..., min_total_tokens: _Optional[int] = ..., end_token_ids: _Optional[bytes] = ..., num_logprobs: _Optional[int] = ..., num_prompt_logprobs: _Optional[int] = ...) -> None: ...
 
 class StepResult(_message.Message):
-    __slots__ = ("epoch", "step_id", "partial", "slots", "token_ids", "finish_reasons", "slot_errors", "device_time_ns")
+    __slots__ = ("epoch", "step_id", "partial", "slots", "token_ids", "finish_reasons", "slot_errors", "device_time_ns", "logprob_token_ids", "logprobs", "logprob_ranks", "prompt_logprobs")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     PARTIAL_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +184,10 @@ class StepResult(_message.Message):
     FINISH_REASONS_FIELD_NUMBER: _ClassVar[int]
     SLOT_ERRORS_FIELD_NUMBER: _ClassVar[int]
     DEVICE_TIME_NS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROB_RANKS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     partial: bool
@@ -166,7 +196,25 @@ class StepResult(_message.Message):
     finish_reasons: bytes
     slot_errors: _containers.RepeatedCompositeFieldContainer[SlotError]
     device_time_ns: int
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., partial: bool = ..., slots: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., slot_errors: _Optional[_Iterable[_Union[SlotError, _Mapping]]] = ..., device_time_ns: _Optional[int] = ...) -> None: ...
+    logprob_token_ids: bytes
+    logprobs: bytes
+    logprob_ranks: bytes
+    prompt_logprobs: _containers.RepeatedCompositeFieldContainer[PromptLogprobs]
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., partial: bool = ..., slots: _Optional[bytes] = ..., token_ids: _Optional[bytes] = ..., finish_reasons: _Optional[bytes] = ..., slot_errors: _Optional[_Iterable[_Union[SlotError, _Mapping]]] = ..., device_time_ns: _Optional[int] = ..., logprob_token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., logprob_ranks: _Optional[bytes] = ..., prompt_logprobs: _Optional[_Iterable[_Union[PromptLogprobs, _Mapping]]] = ...) -> None: ...
+
+class PromptLogprobs(_message.Message):
+    __slots__ = ("slot", "start", "token_ids", "logprobs", "ranks")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    START_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    slot: int
+    start: int
+    token_ids: bytes
+    logprobs: bytes
+    ranks: bytes
+    def __init__(self, slot: _Optional[int] = ..., start: _Optional[int] = ..., token_ids: _Optional[bytes] = ..., logprobs: _Optional[bytes] = ..., ranks: _Optional[bytes] = ...) -> None: ...
 
 class SlotError(_message.Message):
     __slots__ = ("slot", "message")

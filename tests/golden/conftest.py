@@ -1,3 +1,0 @@
-from tests.golden.oracle import oracle
-
-__all__ = ["oracle"]
