@@ -7,6 +7,8 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from duet import SamplingParams
 from tests.e2e.commands import Terminal, duet, running
 from tests.e2e.system import System, wait_until
@@ -90,7 +92,8 @@ def test_model_is_described(server: System) -> None:
     )
 
 
-def test_the_view_of_status_follows_the_load(server: System) -> None:
+def test_the_view_of_status_follows_the_load(server: System, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     terminal = Terminal()
     try:
         flags = ("--interval", "0.05", "--address", server.address)

@@ -96,8 +96,7 @@ def test_chat_at_a_terminal_stops_an_answer_at_ctrl_c_and_leaves_at_ctrl_d(serve
             terminal.type("Hello\n")
             wait_until(lambda: server.load().running_requests == 1)
             chat.send_signal(signal.SIGINT)
-            terminal.read_until(" [stopped]\n")
-            terminal.read_until("> ")
+            assert " [stopped]\n" in terminal.read_until("\x1b[0m\n> ")  # how fast it was stands between
             server.wait_idle()
             terminal.type("\x04")
             assert chat.wait() == 0

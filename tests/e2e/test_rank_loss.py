@@ -30,7 +30,7 @@ ROUNDS_OF_CYCLE = 5  # one while streams run, and as many starts in a row as may
 LOAD_S = 2.5  # a guess, until a start was measured
 STABLE_S = 2.3  # the supervisor takes an earlier end for a failed start
 GRACE_S = 5.0  # that a restart may take beside loading
-NUM_TOKENS = 300
+NUM_TOKENS = 200
 PARAMS = [
     SamplingParams(temperature=temperature, seed=11, max_tokens=NUM_TOKENS, ignore_eos=True)
     for temperature in (0, 0, 1, 1)
@@ -52,7 +52,6 @@ class Executor:
         )
         self._health: Any = health_pb2_grpc.HealthStub(self._channel)
         self.seen: set[int] = {self._service, *self.ranks()}
-        self._served_at = time.monotonic()
 
     def close(self) -> None:
         self._client.close()
@@ -93,11 +92,6 @@ class Executor:
                 return False
 
         wait_until(is_ready)
-        self._served_at = time.monotonic()
-
-    def wait_until_stable(self) -> None:
-        """Return once a kill is no failed start any more."""
-        time.sleep(max(0.0, self._served_at + STABLE_S - time.monotonic()))
 
 
 def generate(llm: LLM) -> list[dict[str, Any]]:
@@ -109,7 +103,7 @@ def run_cycle(executor: Executor, rng: random.Random, load_s: float) -> tuple[fl
 
     load_s: how long a start may last. Returns how long the one in peace took to load, and to be served beside that.
     """
-    executor.wait_for_tokens(rng.randint(1, len(PROMPTS) * NUM_TOKENS * 4 // 5))
+    executor.wait_for_tokens(rng.randint(1, len(PROMPTS) * NUM_TOKENS * 3 // 5))
     os.kill(rng.choice(executor.ranks()), signal.SIGKILL)
     for _ in range(ROUNDS_OF_CYCLE - 1):
         ranks = executor.wait_for_new_ranks()
@@ -134,7 +128,7 @@ def run_cycles(model: Path, seed: int) -> tuple[list[float], int]:
         executor = Executor(llm, model)
         undisturbed = [output["token_ids"] for output in generate(llm)]
         for _ in range(CYCLES):
-            executor.wait_until_stable()
+            time.sleep(STABLE_S)
             streams = thread.submit(generate, llm)
             load_s, delay_s = run_cycle(executor, rng, load_s)
             delays.append(delay_s)

@@ -132,6 +132,16 @@ def test_help_does_not_wait_for_the_imports_of_any_command(argv: list[str]) -> N
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+def test_the_package_gives_every_name_that_it_promises() -> None:
+    code = (
+        "import duet\nassert duet.errors.DuetError is duet.DuetError\n"
+        "print(*[type(getattr(duet, name)).__name__ for name in duet.__all__])\nduet.nonsense"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+    assert len(done.stdout.split()) == len(duet.__all__)
+    assert done.stderr.endswith("AttributeError: module 'duet' has no attribute 'nonsense'\n")
+
+
 # --- serve, and LLM on services of its own --------------------------------------------------------------------------
 
 

@@ -123,10 +123,10 @@ def test_a_server_that_refuses_or_is_not_there_is_one_line(
     server.refusal = b'HTTP/1.1 400 Bad Request\r\n\r\n{"message": "too long"}'
     assert main(["bench", "--openai", server.url, "--model", "m"]) == 1
     assert capsys.readouterr().err == 'duet: HTTP/1.1 400 Bad Request: {"message": "too long"}\n'
-    for url in ("http://127.0.0.1:1", "https://127.0.0.1:1", "127.0.0.1:1"):
-        assert main(["bench", "--openai", url]) == 1
+    for url, status in (("http://127.0.0.1:1", 3), ("https://127.0.0.1:1", 1), ("127.0.0.1:1", 1)):
+        assert main(["bench", "--openai", url]) == status
         assert capsys.readouterr().err.count("\n") == 1
-    assert main(["bench", "--openai", "http://127.0.0.1:1", "--model", "m"]) == 1
+    assert main(["bench", "--openai", "http://127.0.0.1:1", "--model", "m"]) == 3
     assert "Connect call failed" in capsys.readouterr().err
 
 

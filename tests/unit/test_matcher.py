@@ -236,12 +236,13 @@ def test_nothing_ends_before_min_tokens_unless_the_text_is_complete():
     assert tokens_of(begin(choice(","), stop_token_ids=stops, min_tokens=9).next_mask()) == comma
 
 
-def test_a_grammar_may_name_special_tokens_even_those_that_end_requests():
-    constraint = pb.Constraint(grammar='start: "a" <|im_end|> "b"')
+@pytest.mark.parametrize(("name", "special"), [("<|im_end|>", EOS), ("<|endoftext|>", 0), ("<|im_start|>", 1)])
+def test_a_grammar_may_name_special_tokens_even_those_that_end_requests(name: str, special: int):
+    constraint = pb.Constraint(grammar=f'start: "a" {name} "b"')
     a, b = ids("a"), ids("b")
-    assert tokens_of(after(constraint, a).next_mask()) == {EOS}
-    assert tokens_of(after(constraint, [*a, EOS]).next_mask()) == b
-    assert tokens_of(after(constraint, [*a, EOS, *b]).next_mask()) == {0, EOS}
+    assert tokens_of(after(constraint, a).next_mask()) == {special}
+    assert tokens_of(after(constraint, [*a, special]).next_mask()) == b
+    assert tokens_of(after(constraint, [*a, special, *b]).next_mask()) == {0, EOS}
 
 
 def test_masks_do_not_reach_beyond_the_vocabulary_of_the_model():

@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(argv)
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.command not in _FORWARDING:
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        args.usage_error(f"unrecognized arguments: {' '.join(args.rest)}")
     return _run(args)
 
 
@@ -69,6 +69,6 @@ def _run(args: argparse.Namespace) -> int:
         return FAILED
     except (CommandFailed, OSError) as error:
         print(f"duet: {error}", file=sys.stderr)
-        return FAILED
+        return UNAVAILABLE if isinstance(error, ConnectionError) else FAILED
     except KeyboardInterrupt:
         return INTERRUPTED

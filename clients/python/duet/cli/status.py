@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+from rich.console import Console
 from rich.live import Live
 
 from duet.cli.exit_status import DONE
@@ -73,10 +74,11 @@ def _watch(client: Client, snapshot: Snapshot, history: History, show: Show, int
 
 @contextlib.contextmanager
 def _display(args: argparse.Namespace, history: History) -> Iterator[Show]:
-    if args.json or not sys.stdout.isatty():
+    console = Console()
+    if args.json or not sys.stdout.isatty() or console.is_dumb_terminal:  # which cannot be drawn on in place
         yield _Lines(args)
         return
-    with Live(auto_refresh=False) as live:
+    with Live(console=console, auto_refresh=False) as live:
         yield lambda snapshot, rates, lost: live.update(
             view(args.address, snapshot, rates, history, lost), refresh=True
         )
