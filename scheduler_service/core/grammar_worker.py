@@ -150,6 +150,7 @@ class Worker:
     def _try(self, job: Compile, write_fd: int) -> None:
         """In the fork: do all that _begin will do, say what is wrong, and exit."""
         try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Rust says much where memory ends
             resource.setrlimit(resource.RLIMIT_CPU, (COMPILE_CPU_S, COMPILE_CPU_S))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             most_bytes = _mapped_bytes() + COMPILE_BYTES

@@ -44,7 +44,7 @@ class Request:
     choice_index: int = 0
     end_token_ids: list[int] = dataclasses.field(default_factory=list)  # the model's own, for min_tokens
     constraint: str | None = None  # a grammar for llguidance; None: none
-    mask: NDArray[np.int32] | None = None  # [ceil(vocab_size / 32)] of the next token, once it is computed; see grammar
+    mask: NDArray[np.int32] | None = None  # [ceil(vocab_size / 32)] of the next token, once it is computed; see masks
     num_prompt_logprobs: int = 0  # wanted for each position of the prompt but the first; 0: none, or all are sent
     prompt_logprobs: list[pb.PromptLogprobs] = dataclasses.field(default_factory=list)  # since the last admission
     leader: "Request | None" = None  # the choice that gathers prompt log-probabilities for this one
