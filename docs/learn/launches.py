@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from docs.learn.plans import Executor, model_directory
 
-NUM_STEPS = 15
+NUM_STEPS = 5
 PROMPTS = ("The capital of France is", "One, two,", "The sea is", "In the year", "My favourite colour is",
            "Once upon a time", "A list of rivers:", "The opposite of hot is")  # fmt: skip
 

@@ -8,7 +8,7 @@ from duet import AsyncClient, SamplingParams
 from duet.client import DEFAULT_ADDRESS
 
 PROMPTS = ("The capital of France is", "One, two, three,", "Water boils at", "The days of the week are")
-PARAMS = SamplingParams(temperature=0, max_tokens=56, ignore_eos=True)
+PARAMS = SamplingParams(temperature=0, max_tokens=36, ignore_eos=True)
 
 
 async def generate(address: str) -> None:

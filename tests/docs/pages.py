@@ -13,7 +13,7 @@ _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
 # What is ours to check in a line of shell; everything else (pip, curl, torchrun's own flags) is another's.
-_OURS = ("duet", "make", "python")
+_OURS = ("duet", "make", "python", "torchrun")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,14 @@ class Console:
 
     command: str
     output: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """The words of a command of ours, its program's name first."""
+
+    words: tuple[str, ...]
+    is_whole: bool  # not a code span, which may leave something out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +65,9 @@ class Page:
         for block in self.blocks("console"):
             assert block.text.startswith("$ "), f"{self.name}: a console block begins with {block.text[:20]!r}"
             for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
-                command, output = re.fullmatch(r"((?:.*\\\n)*.*)\n(.*)", part, re.DOTALL).groups()  # pyright: ignore
-                consoles.append(Console(command.replace("\\\n", " "), output))
+                lines = part.splitlines(keepends=True)
+                command = _take_line(lines)
+                consoles.append(Console(command, "".join(lines)))
         return consoles
 
     def links(self) -> list[str]:
@@ -72,33 +81,52 @@ class Page:
             for heading in _HEADING.findall(_FENCE.sub("", self.text))
         }
 
-    def shell_lines(self) -> Iterator[list[str]]:
-        """The words of every command of ours: in shell blocks, in console blocks and in code spans."""
+    def commands(self) -> list[Command]:
+        """Every command of ours: in shell blocks, in console blocks and in code spans."""
         lines = [console.command for console in self.consoles()]
-        for block in self.blocks("sh"):
-            lines += block.text.replace("\\\n", " ").splitlines()
-        prose = _FENCE.sub("", self.text)
-        spans = [" ".join(span.split()) for span in _INLINE.findall(prose)]
-        lines += [span for span in spans if re.match(rf"(\.venv/bin/)?({'|'.join(_OURS)}) ", span)]
-        for line in lines:
-            yield from _commands(line)
+        for block in self.blocks("sh", "ini"):
+            rest = block.text.replace("ExecStart=", "").splitlines(keepends=True)
+            while rest:
+                lines.append(_take_line(rest))
+        spans = [" ".join(span.split()) for span in _INLINE.findall(_FENCE.sub("", self.text))]
+        starts = re.compile(rf"(\.venv/bin/)?({'|'.join(_OURS)}) ")
+        return [
+            *(Command(words, True) for line in lines for words in _commands(line)),
+            *(Command(words, False) for span in spans if starts.match(span) for words in _commands(span)),
+        ]
 
 
-def _commands(line: str) -> Iterator[list[str]]:
+def _take_line(lines: list[str]) -> str:
+    """Remove and return the first line of shell, which goes on behind a backslash and within quotation marks."""
+    taken = lines.pop(0)
+    while lines and (taken.endswith("\\\n") or _is_open(taken)):
+        taken = taken.removesuffix("\\\n") + lines.pop(0)
+    return taken.strip()
+
+
+def _is_open(line: str) -> bool:
+    try:
+        shlex.split(line, comments=True)
+    except ValueError:
+        return True
+    return False
+
+
+def _commands(line: str) -> Iterator[tuple[str, ...]]:
     """The commands of ours in one line of shell, without redirections."""
     for inner in re.findall(r"\$\((duet [^)]*)\)", line):
-        yield shlex.split(inner)
+        yield tuple(shlex.split(inner))
     lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
     lexer.whitespace_split = True
     words: list[str] = []
     for word in [*lexer, ";"]:
-        if word[0] not in "|&;":
+        if word not in ("|", "&", "&&", ";"):
             words.append(word)
             continue
         while words and re.fullmatch(r"\w+=.*", words[0]):  # environment variables
             words.pop(0)
         if words and Path(words[0]).name in _OURS:
-            yield [Path(words[0]).name, *words[1 : words.index("<") if "<" in words else None]]
+            yield Path(words[0]).name, *words[1 : words.index("<") if "<" in words else None]
         words = []
 
 
