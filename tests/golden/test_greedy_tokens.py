@@ -28,6 +28,7 @@ SEEDED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1234, ignore
 SAMPLED_PROMPTS = 6
 SAMPLED_COPIES = 3  # so many that they fill the cache of the scenario with few blocks, even where they come slowly
 BLOCK_SIZE = 64  # the default
+SPARE_BLOCKS = 4  # beside the longest sequence, where requests shall be preempted
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -200,7 +201,9 @@ def test_a_token_budget_of_sixteen_changes_no_token(
 
 
 def test_preemption_changes_no_token(start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks) -> None:
-    with start(block_size=16, num_blocks=52) as llm:
+    block_size = 16
+    longest = max(map(len, prompts.values())) + NUM_TOKENS[checks.num_ranks]
+    with start(block_size=block_size, num_blocks=-(-longest // block_size) + SPARE_BLOCKS) as llm:
         outputs, sampled = checks.scenario("so few blocks that requests are preempted", llm, prompts)
         with Client(llm.address) as client:
             load = client.server().load

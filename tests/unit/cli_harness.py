@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,13 @@ class Terminal:
     def type(self, text: str) -> None:
         assert self._process.stdin
         self._process.stdin.write(text.encode())
+
+    def interrupt(self) -> None:
+        """Type Ctrl-C once the command waits; while readline still takes a key, it would notice only at the next."""
+        (command,) = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
+        while Path("/proc", command, "stat").read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+        self.type("\x03")
 
     def expect(self, pattern: str) -> str:
         """Read until `pattern` is there, and drop all up to its end; returns what it matched."""
