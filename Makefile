@@ -17,7 +17,7 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 INSTALLED_GATEWAY := $(VENV)/.installed-gateway
 INSTALLED_PROTOS := $(PROTOS_VENV)/.installed
 
-PROTOS := protos/duet/inference/v1/inference.proto protos/duet/executor/v1/executor.proto
+PROTOS := $(addprefix protos/duet/,inference/v1/inference.proto executor/v1/executor.proto admin/v1/admin.proto)
 PIP_INSTALL := -m pip install --disable-pip-version-check --constraint constraints.txt
 # Commands for a recipe: the model's directory in $$model, or the end of the recipe.
 FIND_MODEL := model='$(MODEL)'; [ -n "$$model" ] || model=$$($(PY) -m executor_service.weights.default_model) || exit 1
@@ -87,6 +87,7 @@ check: $(INSTALLED_DEV) check-protos check-breaking ## Check style, types, impor
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/buf lint
 	$(PY) -m tools.readme --check
+	$(PY) -m tools.reliability --check
 	$(PY) -m tools.api_reference --check
 	$(PY) tools/line_count.py
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from executor_service.config import ExecutorConfig
 from executor_service.distributed.placement import local_environments
+from servicekit.child_process import Child
 from servicekit.settings import parse, to_argv
-from servicekit.supervisor import Child, supervise
+from servicekit.supervisor import supervise
 
 
 def main() -> int:
@@ -26,7 +27,7 @@ def _supervise_ranks(config: ExecutorConfig, environments: list[dict[str, str]])
     # torch then asks for huge pages, which weights that are read from end to end in every step gain from.
     common = {"THP_MEM_ALLOC_ENABLE": "1"}
     ranks = [Child(f"rank {rank}", argv, common | environment) for rank, environment in enumerate(environments)]
-    return supervise("executor", ranks, together=True)
+    return supervise("executor", ranks, together=True, hang_timeout_s=config.hang_timeout_s)
 
 
 @contextlib.contextmanager

@@ -44,3 +44,6 @@ class ExecutorConfig:
         choices=("auto", "flash-attn", "triton", "torch"),
     )
     enforce_eager: bool = setting(False, "on a GPU: launch every kernel by itself instead of capturing CUDA graphs")
+    hang_timeout_s: float = setting(
+        10.0, "seconds of silence after which a process is taken for hung, and killed", least=0.5
+    )

@@ -11,12 +11,14 @@ import logging
 import queue
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import grpc
 
 from executor_service.plan import InvalidPlan, Plan
 from executor_service.runner.runner import Pending, Runner, RunnerInfo, StepOutput
+from executor_service.watchdog import WIPE_TIMEOUT_S, Watchdog, Watched
+from servicekit.fault_points import reach
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class _Job:
     session: Session
     plan: Plan | None  # None: the wiping of slots
     message: bytes  # for the followers
+    watched: Watched
 
 
 class Device:
@@ -85,7 +88,8 @@ class Device:
         self._followers = followers
         self._loop = asyncio.get_running_loop()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._launched: queue.SimpleQueue[tuple[Session, Pending | Exception] | None] = queue.SimpleQueue()
+        self._launched: queue.SimpleQueue[tuple[_Job, Pending | Exception] | None] = queue.SimpleQueue()
+        self._watchdog = Watchdog()
         self.failed = asyncio.Event()  # an exception left the device in an unknown state: it runs nothing more
         self._has_failed = False  # the same for both threads
         self._num_handed_over = self._num_collected = 0  # each is counted by one of the threads
@@ -100,11 +104,18 @@ class Device:
 
     def wipe(self, session: Session) -> None:
         """Queue the emptying of all slots; the session is told when it is done, unless it ended before."""
-        self._jobs.put(_Job(session, None, b""))
+        self._queue(_Job(session, None, b"", Watched(None, WIPE_TIMEOUT_S)))
 
-    def submit(self, session: Session, plan: Plan, message: bytes) -> None:
-        """Queue a plan, and the request that it came in. Results go to the session; once that ended, none starts."""
-        self._jobs.put(_Job(session, plan, message))
+    def submit(self, session: Session, plan: Plan, message: bytes, timeout_s: float) -> None:
+        """Queue a plan, and the request that it came in. Results go to the session; once that ended, none starts.
+
+        timeout_s: what the device may take over it before it counts as hanging; 0: as long as it needs.
+        """
+        self._queue(_Job(session, plan, message, Watched(plan.step_id, timeout_s)))
+
+    async def watch(self) -> NoReturn:
+        """End the process when the device hangs."""
+        await self._watchdog.watch()
 
     def close(self) -> None:
         """Wait for the running job, of a session that ended, and end both threads."""
@@ -112,53 +123,67 @@ class Device:
         self._launching.result()
         self._collecting.join()
 
+    def _queue(self, job: _Job) -> None:
+        self._watchdog.expect(job.watched)
+        self._jobs.put(job)
+
     def _launch_jobs(self) -> None:
         while (job := self._jobs.get()) is not None and not self._has_failed:
             session = job.session
             if session.ended:
+                job.watched.is_over = True
                 continue
             try:
                 self._launch(job)
             except Exception as error:
                 session.ended = True  # here, since the next job may be this session's too
                 self._has_failed |= not isinstance(error, InvalidPlan)
-                self._hand_over(session, error)
+                self._hand_over(job, error)
         self._launched.put(None)
 
     def _launch(self, job: _Job) -> None:
-        session, plan = job.session, job.plan
+        if job.plan is not None:
+            _reach_beginning(job.plan)
         if self._followers:
             self._followers.send(job.message)
-        if plan is None:
+        if job.plan is None:
             self._runner.reset()
-            self._post(session, Wiped())
+            job.watched.is_over = True
+            self._post(job.session, Wiped())
             return
         pending = None
-        for pending in self._runner.execute(plan):
+        for pending in self._runner.execute(job.plan):
             if isinstance(pending, StepOutput) and self._num_collected == self._num_handed_over:
-                self._post(session, pending)  # there already, and nothing before it under way: no need for a thread
+                self._answer(job, pending)  # there already, and nothing before it under way: no need for a thread
             else:
-                self._hand_over(session, pending)
+                self._hand_over(job, pending)
         assert pending, "a plan without a result"
-        assert (pending.step_id, pending.partial) == (last_step_id(plan), False), "the last step lacks its result"
+        assert _is_last(pending, job.plan), "the last step lacks its result"
 
-    def _hand_over(self, session: Session, pending: Pending | Exception) -> None:
+    def _hand_over(self, job: _Job, pending: Pending | Exception) -> None:
         self._num_handed_over += 1
-        self._launched.put((session, pending))
+        self._launched.put((job, pending))
 
     def _collect_outputs(self) -> None:
         """Post outputs in order; what a launch raised comes after the outputs of the launches before it."""
         while (launched := self._launched.get()) is not None:
-            session, pending = launched
+            job, pending = launched
             try:
                 if isinstance(pending, Exception):
                     raise pending
-                self._post(session, pending.wait())
+                self._answer(job, pending.wait())
             except InvalidPlan as error:
-                self._post(session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
+                job.watched.is_over = True
+                self._post(job.session, SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)))
             except Exception as error:
-                self._fail(session, error)
+                self._fail(job.session, error)
             self._num_collected += 1
+
+    def _answer(self, job: _Job, output: StepOutput) -> None:
+        assert job.plan
+        reach("executor.step_done", output.step_id)
+        job.watched.is_over = _is_last(output, job.plan)
+        self._post(job.session, output)
 
     def _fail(self, session: Session, error: Exception) -> None:
         log.error("the device failed in epoch %s", session.epoch, exc_info=error)
@@ -173,3 +198,14 @@ class Device:
 def last_step_id(plan: Plan) -> int:
     """Of the steps that the plan stands for."""
     return plan.step_id + max(plan.iterations, 1) - 1
+
+
+def _is_last(pending: Pending, plan: Plan) -> bool:
+    """Of the outputs of the plan."""
+    return pending.step_id == last_step_id(plan) and not pending.partial
+
+
+def _reach_beginning(plan: Plan) -> None:
+    reach("executor.step_begun", plan.step_id)
+    for sequence in plan.new_sequences:
+        reach("executor.sequence", sequence.sampling.seed)

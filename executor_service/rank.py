@@ -13,9 +13,11 @@ from executor_service.distributed.placement import Placement
 from executor_service.runner.runner import Runner
 from executor_service.server import ListenError, serve
 from executor_service.weights.errors import ModelError
+from servicekit import fault_points
+from servicekit.lifeline import Heartbeat, bind_to, bind_to_parent, notify_ready
 from servicekit.logs import log_to_stderr
 from servicekit.settings import parse
-from servicekit.supervisor import EXIT_GAVE_UP, bind_to_parent, notify_ready
+from servicekit.supervisor import EXIT_GAVE_UP
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +25,13 @@ log = logging.getLogger(__name__)
 def main() -> int:
     """Load the model and run it until SIGTERM, or until rank 0 ends; returns the exit status."""
     bind_to_parent()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this rank, and may be killed
+        bind_to(os.getppid())
     config = parse(ExecutorConfig, None, prog="python -m executor_service.rank", description="One rank of an executor.")
     placement = Placement.read(os.environ)
     log_to_stderr(f"rank {placement.rank}")
+    fault_points.arm(os.environ.get(fault_points.VARIABLE))
+    fault_points.reach("executor.starting", placement.rank)
     # torch takes seconds to import: only now, when this process can no longer outlive its supervisor.
     from executor_service.runner.build import build_runner
 
@@ -50,8 +56,9 @@ async def _serve(
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    heartbeat = Heartbeat()
     try:
-        is_sound = await serve(runner, device_thread, address, stop, lambda port: notify_ready(), followers)
+        is_sound = await serve(runner, device_thread, address, stop, lambda _: heartbeat.beat_in_loop(), followers)
     except ListenError as error:  # the port may be free at the next start
         log.error("%s", error)
         return 1

@@ -11,10 +11,11 @@ from grpc_health.v1.health import SERVICE_NAME
 from grpc_health.v1.health import aio as aio_health  # pyright: ignore[reportAttributeAccessIssue]
 from grpc_reflection.v1alpha import reflection
 
-from executor_service.device import Device, Followers
+from executor_service.device import Device, Followers, SessionError
 from executor_service.runner.runner import Runner
 from executor_service.session import SessionService
 from protos.duet.executor.v1 import executor_pb2 as pb
+from servicekit.fault_points import reach
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ExecutorService"].full_name
 
@@ -60,10 +61,12 @@ async def serve(
         await healthy.set("", health_pb2.HealthCheckResponse.SERVING)
         await healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         log.info("listening on port %d", port)
+        reach("executor.listening")
         on_listening(port)
-        await _first_of(stop.wait(), device.failed.wait())
+        await _first_of(stop.wait(), device.failed.wait(), device.watch())
         await healthy.enter_graceful_shutdown()
-        sessions.end_all()
+        failure = SessionError(grpc.StatusCode.UNAVAILABLE, "the device failed") if device.failed.is_set() else None
+        sessions.end_all(failure)
         await server.stop(grace=1.0)
         return not device.failed.is_set()
     finally:
@@ -93,7 +96,10 @@ def _add_services(server: grpc.aio.Server, sessions: SessionService) -> aio_heal
 
 
 async def _first_of(*waits: Coroutine[object, object, object]) -> None:
+    """Raises: what it raises."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
-    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    for task in tasks:
+    ended, others = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in others:
         task.cancel()
+    for task in ended:
+        task.result()

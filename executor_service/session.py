@@ -18,8 +18,9 @@ from executor_service.device import Device, Session, SessionError, Wiped, last_s
 from executor_service.plan import Column, InvalidPlan, decode_plan
 from executor_service.runner.runner import StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
+from servicekit.fault_points import reach
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_INFLIGHT_PLANS = 8  # the core sends at most four ahead; the rest is slack for a faster device
 
 Context = grpc.aio.ServicerContext[bytes, pb.RunSessionResponse]
@@ -54,10 +55,10 @@ class SessionService:
             session.ended = True
             self._sessions.remove(session)
 
-    def end_all(self) -> None:
-        """End every session, because the executor stops."""
+    def end_all(self, error: SessionError | None) -> None:
+        """End every session, because the executor ends: in good order (None) or with what went wrong."""
         for session in self._sessions:
-            session.end(SessionError(grpc.StatusCode.UNAVAILABLE, "the executor is stopping"))
+            session.end(error)
 
     def _describe(self) -> pb.ExecutorInfo:
         info, limits = self._device.info, self._device.info.limits
@@ -114,7 +115,7 @@ class SessionService:
         info = self._device.info
         if session.epoch is not None:
             raise _precondition("the session is open already")
-        if request.protocol_version != PROTOCOL_VERSION:
+        if abs(request.protocol_version - PROTOCOL_VERSION) > 1:  # services of two releases meet in a rolling restart
             raise _precondition(f"protocol version {request.protocol_version}, this is {PROTOCOL_VERSION}")
         if request.model_digest != info.model_digest:
             raise _precondition(f"model_digest {request.model_digest!r}, this is {info.model_digest!r}")
@@ -127,6 +128,7 @@ class SessionService:
             self._holder.end(SessionError(grpc.StatusCode.ABORTED, f"fenced by epoch {request.epoch}"))
         session.epoch = self._last_epoch = request.epoch
         self._holder = session
+        reach("executor.opening", request.epoch)
         self._device.wipe(session)
 
     def _enqueue(self, session: Session, message: pb.StepPlan, request: bytes) -> None:
@@ -142,9 +144,10 @@ class SessionService:
             plan = decode_plan(message, self._device.info.limits)
         except InvalidPlan as error:
             raise SessionError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        reach("executor.plan_received", plan.step_id)
         session.last_step_ids.append(last_step_id(plan))
         session.next_step_id = last_step_id(plan) + 1
-        self._device.submit(session, plan, request)
+        self._device.submit(session, plan, request, message.timeout_ms / 1000)
 
 
 async def _write(session: Session, context: Context) -> None:
@@ -162,6 +165,7 @@ async def _write(session: Session, context: Context) -> None:
                 if event.step_id == session.last_step_ids[0] and not event.partial:
                     session.last_step_ids.popleft()
                 await context.write(pb.RunSessionResponse(result=_encode(event, session.epoch)))
+                reach("executor.result_written", event.step_id)
 
 
 def _encode(output: StepOutput, epoch: int | None) -> pb.StepResult:

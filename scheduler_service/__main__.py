@@ -8,8 +8,9 @@ from pathlib import Path
 
 from scheduler_service.config import SchedulerConfig
 from scheduler_service.frontend.address import PortUnavailable, check_address
+from servicekit.child_process import Child
 from servicekit.settings import parse, to_argv
-from servicekit.supervisor import EXIT_GAVE_UP, Child, supervise
+from servicekit.supervisor import EXIT_GAVE_UP, supervise
 
 
 def main() -> int:
@@ -26,8 +27,9 @@ def main() -> int:
         core_socket = config.core_socket or str(Path(directory) / "core.sock")
         config = dataclasses.replace(config, core_socket=core_socket, num_frontends=num_frontends)
         names = ["frontend"] if num_frontends == 1 else [f"frontend {number}" for number in range(1, num_frontends + 1)]
-        children = [_child("core", "core", config), *(_child(name, "frontend", config) for name in names)]
-        return supervise("scheduler", children)
+        frontends = [Child(name, _argv("frontend", config), drain_s=config.drain_s) for name in names]
+        core = Child("core", _argv("core", config), stops_after=names)
+        return supervise("scheduler", [core, *frontends], hang_timeout_s=config.hang_timeout_s)
 
 
 def default_num_frontends(listen: str) -> int:
@@ -37,8 +39,8 @@ def default_num_frontends(listen: str) -> int:
     return min(max(len(os.sched_getaffinity(0)) // 4, 1), 4)
 
 
-def _child(name: str, module: str, config: SchedulerConfig) -> Child:
-    return Child(name, [sys.executable, "-m", f"scheduler_service.{module}", *to_argv(config)])
+def _argv(module: str, config: SchedulerConfig) -> list[str]:
+    return [sys.executable, "-m", f"scheduler_service.{module}", *to_argv(config)]
 
 
 if __name__ == "__main__":

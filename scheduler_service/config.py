@@ -15,7 +15,13 @@ class SchedulerConfig:
     num_frontends: int | None = setting(
         None, "front end processes that share the port (default: one for every four cores, four at most)", least=1
     )
-    executor: str = setting("127.0.0.1:50052", "address of the executor service, host:port")
+    executor: str = setting(
+        "127.0.0.1:50052",
+        "address of the executor service, host:port; of several, parted by commas, the first that serves",
+    )
+    admin_secret_file: str | None = setting(
+        None, "file with the secret that administration takes (default: none, and it is open to the loopback)"
+    )
     core_socket: str | None = setting(None, "path of the core's Unix socket (default: a temporary one)")
     queue_order: str = setting(
         "fcfs",
@@ -27,4 +33,11 @@ class SchedulerConfig:
     max_decode_stall_ms: int = setting(
         400, "how long waiting prompts may hold up running streams, milliseconds", least=0
     )
+    step_timeout_s: float = setting(
+        60.0, "seconds that a step may take, beside twenty times what it should, before the executor hangs", least=1
+    )
     max_pause_s: float = setting(60.0, "how long a request waits for an executor before UNAVAILABLE, seconds", least=0)
+    drain_s: float = setting(30.0, "seconds that streams may go on after SIGTERM", least=0)
+    hang_timeout_s: float = setting(
+        10.0, "seconds of silence after which a process is taken for hung, and killed", least=0.5
+    )

@@ -5,8 +5,11 @@ DuetError
 │   └── ContextLengthExceeded
 ├── DuplicateRequest         ALREADY_EXISTS       the caller does not retry
 ├── UnknownRequest           NOT_FOUND            the caller ignores it
+├── NotAdmitted              PERMISSION_DENIED    the caller is no operator
 ├── QueueFull                RESOURCE_EXHAUSTED   the caller retries after retry_after_s
 ├── ExecutorUnavailable      UNAVAILABLE          the caller retries elsewhere
+│   └── ServerDraining
+├── Superseded               ABORTED              another client resumed the request
 ├── DeadlineExceeded         DEADLINE_EXCEEDED
 └── InternalError            INTERNAL             our own bug; the message holds an id that is in the log
 
@@ -55,6 +58,12 @@ class UnknownRequest(DuetError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class NotAdmitted(DuetError):
+    """Administration is not for this caller."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class QueueFull(DuetError):
     """The waiting queue is at its limit."""
 
@@ -62,9 +71,19 @@ class QueueFull(DuetError):
 
 
 class ExecutorUnavailable(DuetError):
-    """Draining, or no executor for longer than the request may wait."""
+    """No executor for longer than the request may wait."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class ServerDraining(ExecutorUnavailable):
+    """The server takes no new requests, and soon will be gone."""
+
+
+class Superseded(DuetError):
+    """The stream's request goes on in another stream."""
+
+    code = grpc.StatusCode.ABORTED
 
 
 class DeadlineExceeded(DuetError):

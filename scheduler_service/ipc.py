@@ -10,6 +10,8 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
+from scheduler_service.kv_messages import KvEvents, KvSubscribe, KvUnsubscribe
+
 FRAME_LENGTH = struct.Struct("<I")
 T = TypeVar("T")
 
@@ -36,6 +38,21 @@ class Sampling(msgspec.Struct, frozen=True, array_like=True):
 # --- front end to core -------------------------------------------------------------------------------------------
 
 
+class Progress(msgspec.Struct, frozen=True, array_like=True):
+    """What a front end holds of one choice of a request whose core has died."""
+
+    choice_index: int
+    token_ids: bytes  # generated so far, little-endian int32
+    max_total_tokens: int  # prompt included
+    was_told_start: bool
+    cached_tokens: int
+    queue_time_ns: int
+    first_token_time: float | None  # time.monotonic() seconds; None: no token yet
+    recoveries: int  # this one included
+    lacks_prompt_logprobs: bool
+    end: "Finished | Failed | None" = None
+
+
 class Submit(msgspec.Struct, frozen=True, tag=True):
     """A validated request. Each choice has a stream of its own, which starts, and ends or fails, by itself."""
 
@@ -51,10 +68,20 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     arrival: float  # time.monotonic() seconds; one clock for all processes of a host
     deadline: float | None  # time.monotonic() seconds; None: none
     constraint: str | None = None  # a grammar that LLMatcher of llguidance accepts; None: none
+    tenant: str = ""  # to whom the id belongs
+    detach_s: float | None = None  # how long the request outlives its client, and its result its end; None: not at all
+    resumes: bool = False  # takes over the request of this id; what it was told so far is told again
+    progress: list[Progress] = []  # of each stream, where a core that died had the request; empty: it is new
 
 
 class Abandon(msgspec.Struct, frozen=True, tag=True):
     """The stream's client went away: end its choice and send nothing more."""
+
+    stream: int
+
+
+class Detach(msgspec.Struct, frozen=True, tag=True):
+    """The stream's client went away: send nothing more, and keep the choice for the request's `detach_s`."""
 
     stream: int
 
@@ -69,7 +96,21 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
     """End every choice of a request by its id, whichever front end holds it; answered by CancelReply."""
 
     call: int
+    tenant: str
     request_id: str
+
+
+class Drain(msgspec.Struct, frozen=True, tag=True):
+    """Take no new requests; answered by DrainReply when none is left."""
+
+    call: int
+    limit_s: float | None  # then those that are left are ended; None: they take the time they need
+
+
+class CancelDrain(msgspec.Struct, frozen=True, tag=True):
+    """Take new requests again; answered by DrainReply, as every Drain that waits is."""
+
+    call: int
 
 
 class LoadQuery(msgspec.Struct, frozen=True, tag=True):
@@ -78,19 +119,9 @@ class LoadQuery(msgspec.Struct, frozen=True, tag=True):
     call: int
 
 
-class KvSubscribe(msgspec.Struct, frozen=True, tag=True):
-    """Hear of the prefix cache from now on: KvEvents with what it holds, then with each change."""
-
-    subscription: int  # the front end's own number, unique while its connection lives
-
-
-class KvUnsubscribe(msgspec.Struct, frozen=True, tag=True):
-    """End a subscription; messages that are under way still come."""
-
-    subscription: int
-
-
-FrontendMessage = Submit | Abandon | Stop | Cancel | LoadQuery | KvSubscribe | KvUnsubscribe
+FrontendMessage = (
+    Submit | Abandon | Detach | Stop | Cancel | Drain | CancelDrain | LoadQuery | KvSubscribe | KvUnsubscribe
+)
 
 # --- core to front end -------------------------------------------------------------------------------------------
 
@@ -114,6 +145,7 @@ class EngineStatus(msgspec.Struct, frozen=True, tag=True):
     epoch: int  # sessions opened with executors so far
     queue_order: str
     model: ModelInfo | None  # None until an executor has connected once
+    draining: bool = False  # new requests are refused
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True):
@@ -123,9 +155,10 @@ class Started(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     cached_tokens: int
     queue_time_ns: int
+    seed: int  # the request's own, which one that resumes it need not know
 
 
-class Finished(msgspec.Struct, frozen=True, array_like=True):
+class Finished(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End of a stream; `reason` is a FinishReason of inference.proto."""
 
     stream: int
@@ -140,7 +173,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     time_to_first_token_ns: int = 0  # from arrival; 0: no token was generated
 
 
-class Failed(msgspec.Struct, frozen=True, array_like=True):
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """End of a stream by an error of scheduler_service.errors."""
 
     stream: int
@@ -198,6 +231,14 @@ class CancelReply(msgspec.Struct, frozen=True, tag=True):
     found: bool
 
 
+class DrainReply(msgspec.Struct, frozen=True, tag=True):
+    """Answer to Drain and CancelDrain."""
+
+    call: int
+    finished: int  # requests that ended by themselves meanwhile
+    cut: int  # requests that the limit ended
+
+
 class Load(msgspec.Struct, frozen=True):
     """A snapshot; the fields are those of inference.proto's Load."""
 
@@ -216,6 +257,11 @@ class Load(msgspec.Struct, frozen=True):
     preemptions_total: int
     steps_total: int
     uptime_seconds: float
+    detached_requests: int
+    quarantined_requests: int
+    idle_checks_total: int
+    idle_check_failures_total: int
+    executor_losses_total: int
 
 
 class LoadReply(msgspec.Struct, frozen=True, tag=True):
@@ -225,37 +271,7 @@ class LoadReply(msgspec.Struct, frozen=True, tag=True):
     load: Load
 
 
-class KvStored(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Full blocks, each continuing the one before it, entered the prefix cache. Blocks of salted prompts are left out.
-
-    A block is named by a hash of all tokens up to its end.
-    """
-
-    hashes: list[int]  # int64
-    parent: int | None  # hash of what the first of the blocks continues; None: nothing
-    token_ids: bytes  # [len(hashes), block_size] little-endian int32
-    block_size: int
-
-
-class KvRemoved(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """Blocks left the prefix cache."""
-
-    hashes: list[int]  # int64
-
-
-class KvCleared(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """The prefix cache is empty: the executor is gone, or this is the beginning of what a new subscriber is told."""
-
-
-class KvEvents(msgspec.Struct, frozen=True, tag=True):
-    """Changes of the prefix cache, in order; a subscription begins with `snapshot_parts` messages of what it holds."""
-
-    subscription: int
-    events: list[KvStored | KvRemoved | KvCleared]
-    snapshot_parts: int = 0  # 0: not part of the snapshot
-
-
-CoreMessage = EngineStatus | Outputs | CancelReply | LoadReply | KvEvents
+CoreMessage = EngineStatus | Outputs | CancelReply | DrainReply | LoadReply | KvEvents
 
 
 def encode_frame(message: msgspec.Struct) -> bytes:

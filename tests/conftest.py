@@ -30,6 +30,16 @@ ROOT = Path(__file__).parents[1]
 TOLD = pytest.StashKey[list[str]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--thorough", action="store_true", help="more rounds of kills and more random runs: minutes more")
+
+
+@pytest.fixture(scope="session")
+def is_thorough(request: pytest.FixtureRequest) -> bool:
+    """Whether to take the time for as many rounds as the documents speak of."""
+    return bool(request.config.getoption("--thorough"))
+
+
 @pytest.fixture(scope="session")
 def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Counts that belong into the summary of a run that passes, too."""

@@ -1,4 +1,4 @@
-"""Writes docs/api.md: the public protocol, message by message, out of the comments in inference.proto.
+"""Writes docs/api.md: the public protocols, message by message, out of the comments in their files.
 
 `python -m tools.api_reference` rewrites the file; with `--check` it only says whether it would change.
 """
@@ -19,22 +19,22 @@ from google.protobuf.descriptor_pb2 import (
 
 ROOT = Path(__file__).parent.parent
 OUTPUT = ROOT / "docs" / "api.md"
-PROTO = "duet/inference/v1/inference.proto"
+PROTOS = ("duet/inference/v1/inference.proto", "duet/admin/v1/admin.proto")
 Place = tuple[int, ...]  # of an element in its file: see SourceCodeInfo.Location.path
 
 _MESSAGES, _ENUMS, _SERVICES = 4, 5, 6  # fields of FileDescriptorProto
 _INTRODUCTION = """# API reference
 
-Generated from [inference.proto](../protos/duet/inference/v1/inference.proto) by `python -m tools.api_reference`. Stubs
-for any language come from that file; [clients/](../clients/README.md) has a program for each of several languages.
-[errors.md](errors.md) says what an error means to the caller, [parameters.md](parameters.md) what vLLM's and OpenAI's
-parameters are called here.
+Generated from [inference.proto](../protos/duet/inference/v1/inference.proto) and, at the end,
+[admin.proto](../protos/duet/admin/v1/admin.proto) by `python -m tools.api_reference`. Stubs for any language come from
+these files; [clients/](../clients/README.md) has a program for each of several languages. [errors.md](errors.md) says
+what an error means to the caller, [parameters.md](parameters.md) what vLLM's and OpenAI's parameters are called here.
 """
 
 
 def main() -> int:
     """Rewrite or check; returns the exit status."""
-    text = reference(read_descriptor())
+    text = _INTRODUCTION + "".join(reference(file) for file in read_descriptors())
     if "--check" not in sys.argv:
         OUTPUT.write_text(text)
     elif not OUTPUT.exists() or OUTPUT.read_text() != text:
@@ -43,20 +43,20 @@ def main() -> int:
     return 0
 
 
-def read_descriptor() -> FileDescriptorProto:
-    """The protocol with its comments, as buf parses it."""
+def read_descriptors() -> list[FileDescriptorProto]:
+    """The protocols with their comments, as buf parses them."""
     with tempfile.TemporaryDirectory() as directory:
         image = Path(directory) / "image.binpb"
         buf = Path(sys.executable).parent / "buf"
         subprocess.run([buf, "build", "--as-file-descriptor-set", "-o", image], cwd=ROOT, check=True)
         files = FileDescriptorSet.FromString(image.read_bytes()).file
-    return next(file for file in files if file.name == PROTO)
+    return [file for name in PROTOS for file in files if file.name == name]
 
 
 def reference(file: FileDescriptorProto) -> str:
-    """The page."""
+    """What the page says of one file."""
     comments = {tuple(one.path): _clean(one.leading_comments) for one in file.source_code_info.location}
-    parts = [_INTRODUCTION]
+    parts = list[str]()
     for index, service in enumerate(file.service):
         path = (_SERVICES, index)
         parts.append(f"\n## {service.name}\n\n{comments[path]}\n\n")

@@ -27,15 +27,20 @@ def main() -> int:
         "gpu figures": gpu_table(RESULTS / "h200"),
         "core figures": core_table(json.loads((RESULTS / "core_step.json").read_text())),
     }
-    old = new = README.read_text()
+    return fill_in(README, parts, module="tools.readme")
+
+
+def fill_in(page: Path, parts: dict[str, str], *, module: str) -> int:
+    """Rewrite or check what stands between `<!-- NAME -->` and `<!-- end -->` of each part; returns the exit status."""
+    old = new = page.read_text()
     for name, text in parts.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         new, count = pattern.subn(lambda match, text=text: match[1] + text + match[2], new)
-        assert count == 1, f"README.md has no place for {name}"
+        assert count == 1, f"{page.name} has no place for {name}"
     if "--check" not in sys.argv:
-        README.write_text(new)
+        page.write_text(new)
     elif new != old:
-        print('README.md is not up to date: run "python -m tools.readme".', file=sys.stderr)
+        print(f'{page.name} is not up to date: run "python -m {module}".', file=sys.stderr)
         return 1
     return 0
 

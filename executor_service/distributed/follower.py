@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from executor_service.plan import InvalidPlan, decode_plan
 from executor_service.runner.runner import Pending, Runner, StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
+from servicekit.fault_points import reach
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ def _launch(runner: Runner, message: bytes, launched: _Launched) -> None:
         runner.reset()
         return
     plan = decode_plan(pb.RunSessionRequest.FromString(message).plan, runner.info.limits)
+    reach("follower.plan_received", plan.step_id)
     try:
         for pending in runner.execute(plan):
             if not isinstance(pending, StepOutput):

@@ -7,7 +7,10 @@ import numpy as np
 
 from scheduler_service.core.block_manager import BlockManager
 from scheduler_service.core.request import Request, RequestState
-from scheduler_service.core.step_plan import Column, StepRecord
+from scheduler_service.core.step_plan import NO_ROWS, Column, StepPlan, StepRecord
+
+TIMEOUT_FACTOR = 20  # of the time that a plan should take by what was measured, before it is taken to hang
+TIMEOUT_SLACK_S = 5.0  # for an executor that ends itself at the timeout, before the core gives it up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Epoch:
         self.decode_step_ns = 0.0  # moving average of the device time of a decode-only step; 0: none yet
         self.prefill_token_ns = 0.0  # the same for each token of a prefill phase
         self.stalled_since: float | None = None  # when waiting prompts began to hold up decoding, monotonic seconds
+        self.on_trial: Request | None = None  # the one that runs alone, since executors may have died of it
+        self.oldest_since = 0.0  # when the oldest plan in flight was sent, or began to be the oldest, monotonic seconds
 
     def seat(self, request: Request, hits: list[int]) -> int:
         """Give a request a slot, and a block table for its known tokens that begins with the cached blocks `hits`."""
@@ -151,8 +156,73 @@ class Epoch:
         """Whether a step that is not settled may still bring a token of this waiting request."""
         return request.in_flight_until > self.settled_step_id
 
-    def settle(self) -> None:
-        """End the flight of the oldest step."""
+    def timeout_ms(self, plan: StepPlan, least_s: float) -> int:
+        """What the plan may take before it is taken to hang; 0 where nothing of the kind was measured yet."""
+        num_prefill_tokens = sum(chunk.count for chunk in plan.chunks)
+        if (num_prefill_tokens and not self.prefill_token_ns) or (plan.iterations and not self.decode_step_ns):
+            return 0
+        expected_ns = num_prefill_tokens * self.prefill_token_ns + plan.iterations * self.decode_step_ns
+        return int(least_s * 1e3 + TIMEOUT_FACTOR * expected_ns / 1e6)
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether the oldest plan in flight takes so long that the executor hangs; `now` in monotonic seconds."""
+        timeout_s = self.records[0].timeout_s if self.records else 0.0
+        return timeout_s > 0 and now - self.oldest_since > timeout_s + TIMEOUT_SLACK_S
+
+    def remember(self, plan: StepPlan, now: float) -> None:
+        """The plan is sent at `now`: keep what its results are read against, and let later plans hit its blocks."""
+        prefilled = {chunk.slot: chunk.request for chunk in plan.chunks}
+        num_prefill_tokens = sum(chunk.count for chunk in plan.chunks)
+        decode_slots, decode_requests = self.decode_set.columns() if plan.iterations else NO_ROWS
+        num_steps = max(1, plan.iterations)
+        for index in range(num_steps):
+            record = StepRecord(
+                step_id=plan.step_id + index,
+                ends_plan=index == num_steps - 1,
+                prefilled=prefilled,
+                num_prefill_tokens=num_prefill_tokens,
+                decode_slots=decode_slots,
+                decode_requests=decode_requests,
+                timeout_s=plan.timeout_ms / 1e3,
+            )
+            self.records.append(record)
+        if not self.num_plans_in_flight:
+            self.oldest_since = now
+        self.next_step_id += num_steps
+        self.num_plans_in_flight += 1
+        for chunk in plan.chunks:
+            block_size, end = self.blocks.block_size, chunk.start + chunk.count
+            request, first, last = chunk.request, chunk.start // block_size, end // block_size
+            self.blocks.publish(chunk.slot, request.block_digests, request.token_ids, first, last)
+        if plan.iterations:
+            self._pass_over(plan)
+
+    def _pass_over(self, plan: StepPlan) -> None:
+        """Those that end with the plan leave the decode set, and so do those whose next mask is still to come."""
+        self.leaving += self.decode_set.advance(plan.iterations)
+        for slot in plan.mask_slots:
+            if slot in self.decode_set:
+                self.decode_set.discard(slot)
+                self.leaving.append(self.running[slot])
+
+    def unacknowledged(self) -> set[Request]:
+        """The requests of all steps in flight."""
+        return {request for record in self.records for request in record.requests}
+
+    def settle(self, now: float) -> None:
+        """End the flight of the oldest step; `now` in monotonic seconds."""
         record = self.records.popleft()
+        self.oldest_since = now
         self.settled_step_id = record.step_id
         self.num_plans_in_flight -= record.ends_plan
+
+    def check_idle(self) -> None:
+        """Assert what holds when no request is alive: every slot and every block is free, and nothing is in flight."""
+        assert not self.records, "a step is in flight"
+        assert not self.num_plans_in_flight, "plans in flight are counted wrong"
+        members = (self.running, self.prefilling, self.joining, self.leaving, self.constrained, self.decode_set)
+        assert not any(members), "a request that has ended is still planned"
+        assert sorted(self.free_slots) == list(range(self.limits.num_slots)), "slots leaked"
+        assert self.blocks.num_free_blocks == self.blocks.num_blocks, "blocks leaked"
+        assert not self.blocks.table_lens.any(), "a block table is left"
+        self.blocks.check()

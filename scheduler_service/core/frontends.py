@@ -3,26 +3,28 @@
 import asyncio
 import logging
 import time
-from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.core.kv_events import KvEventLog
-from scheduler_service.core.outbox import Outbox
+from scheduler_service.core.outbox import Outbox, failure
 from scheduler_service.core.request import Request, RequestState
-from scheduler_service.core.request_pool import failure
-from scheduler_service.errors import ContextLengthExceeded, DeadlineExceeded, DuetError, ExecutorUnavailable
+from scheduler_service.core.resumption import detach, known_choices, merge, resume
+from scheduler_service.core.submission import read_resubmission, read_submission
+from scheduler_service.errors import DuetError
 from scheduler_service.ipc import (
     Abandon,
     Cancel,
+    CancelDrain,
     CancelReply,
     CoreMessage,
+    Detach,
+    Drain,
+    DrainReply,
     FrontendMessage,
-    KvSubscribe,
-    KvUnsubscribe,
     LoadQuery,
     LoadReply,
     Stop,
@@ -30,6 +32,8 @@ from scheduler_service.ipc import (
     encode_frame,
     read_frame,
 )
+from scheduler_service.kv_messages import KvSubscribe, KvUnsubscribe
+from servicekit.fault_points import reach
 
 if TYPE_CHECKING:
     from scheduler_service.core.engine import Engine
@@ -54,6 +58,17 @@ class Connection:
             self._writer.transport.abort()
         else:
             self._writer.write(encode_frame(message))
+
+    def take_on(self, choices: Iterable[Request]) -> None:
+        """Remember those whose client is behind this front end."""
+        for request in choices:
+            if request.outbox is self.outbox and request.state is not RequestState.FINISHED:
+                self.requests[request.stream] = request
+
+    def take_living(self, stream: int) -> Request | None:
+        """Forget the stream; returns its request, unless that has ended."""
+        request = self.requests.pop(stream, None)
+        return None if request is None or request.state is RequestState.FINISHED else request
 
     def flush(self) -> None:
         """Send what the outbox collected, as one frame."""
@@ -110,77 +125,67 @@ class Frontends:
             self._connections.discard(connection)
             self.kv_events.unsubscribe(connection)
             writer.close()
-            self._engine.drop_all_of(connection.outbox)
+            self._engine.leave_all(connection.outbox)
 
     def _handle(self, connection: Connection, message: FrontendMessage) -> None:
         match message:
             case Submit():
                 self._submit(connection, message)
             case Abandon(stream):
-                request = connection.requests.pop(stream, None)
-                if request is not None and request.state is not RequestState.FINISHED:
+                if request := connection.take_living(stream):
                     self._engine.pool.drop(request)
+            case Detach(stream):
+                if request := connection.take_living(stream):
+                    detach(self._engine.pool, request)
             case Stop(stream):
                 request = connection.requests.get(stream)
                 if request is not None and request.state is not RequestState.FINISHED:
                     self._engine.pool.finish(request, pb.FINISH_REASON_STOP)
-            case Cancel(call, request_id):
-                choices = self._engine.pool.choices_of(request_id)
+            case KvSubscribe(subscription):
+                self.kv_events.subscribe(connection, subscription, connection.send)
+            case KvUnsubscribe(subscription):
+                self.kv_events.unsubscribe(connection, subscription)
+            case _:
+                self._answer(connection, message)
+
+    def _answer(self, connection: Connection, message: Cancel | Drain | CancelDrain | LoadQuery) -> None:
+        match message:
+            case Cancel(call, tenant, request_id):
+                choices = self._engine.pool.choices_of((tenant, request_id))
                 for request in choices:
                     self._engine.pool.cancel(request, time.monotonic())
                 connection.send(CancelReply(call, bool(choices)))
+            case Drain(call, limit_s):
+                self._engine.drain.begin(call, limit_s, connection.send)
+                self.broadcast_status()
+            case CancelDrain(call):
+                self._engine.drain.cancel()
+                connection.send(DrainReply(call, 0, 0))
+                self.broadcast_status()
             case LoadQuery(call):
                 connection.send(LoadReply(call, self._engine.load()))
-            case KvSubscribe() | KvUnsubscribe():
-                self._change_subscription(connection, message)
-
-    def _change_subscription(self, connection: Connection, message: KvSubscribe | KvUnsubscribe) -> None:
-        if isinstance(message, KvSubscribe):
-            self.kv_events.subscribe(connection, message.subscription, connection.send)
-        else:
-            self.kv_events.unsubscribe(connection, message.subscription)
 
     def _submit(self, connection: Connection, message: Submit) -> None:
+        pool, outbox, key = self._engine.pool, connection.outbox, (message.tenant, message.request_id)
+        if message.progress:
+            reach("core.resubmit_read")
+        else:
+            reach("core.submit_read")
         try:
-            choices = self._new_choices(connection, message)
-            self._engine.pool.submit(*choices)
-            connection.requests.update((request.stream, request) for request in choices)
+            known = known_choices(pool, key) if message.progress or message.resumes else None
+            if message.progress:
+                choices, told = read_resubmission(message, outbox)
+                if known is None:
+                    pool.adopt(*choices)
+                else:
+                    merge(pool, known, choices, told)
+                    choices = known_choices(pool, key) or []
+            elif known is not None and resume(pool, known, outbox, message.streams, message.arrival):
+                choices = known
+            else:
+                choices = read_submission(message, outbox, self._engine.status.model)
+                pool.submit(*choices)
+            for one in self._connections:  # a merge may put another object behind another front end's stream
+                one.take_on(choices)
         except DuetError as error:
-            connection.outbox.failed += [failure(stream, error) for stream in message.streams]
-
-    def _new_choices(self, connection: Connection, message: Submit) -> list[Request]:
-        if message.deadline is not None and message.deadline <= time.monotonic():
-            raise DeadlineExceeded("the deadline passed before the request was queued")
-        if self._engine.status.model is None:
-            raise ExecutorUnavailable("no executor has connected yet")
-        token_ids = array("i", message.token_ids)
-        limit = self._engine.max_total_tokens
-        wanted = limit if message.max_tokens is None else len(token_ids) + message.max_tokens
-        if len(token_ids) >= limit or wanted > limit:
-            raise ContextLengthExceeded(f"{wanted} tokens are wanted, {limit} fit", field="stop.max_tokens")
-        choices = [
-            Request(
-                request_id=message.request_id,
-                outbox=connection.outbox,
-                stream=stream,
-                token_ids=token_ids[:],
-                num_prompt_tokens=len(token_ids),
-                max_total_tokens=wanted,
-                sampling=message.sampling,
-                stop_token_ids=message.stop_token_ids,
-                priority=message.priority,
-                cache_salt=message.cache_salt,
-                arrival_time=message.arrival,
-                deadline=message.deadline,
-                choice_index=index,
-                end_token_ids=message.end_token_ids,
-                constraint=message.constraint,
-            )
-            for index, stream in enumerate(message.streams)
-        ]
-        if message.sampling.prompt_logprobs is not None:
-            leader, *others = choices
-            leader.num_prompt_logprobs = 1 + message.sampling.prompt_logprobs
-            for request in others:
-                request.leader = leader
-        return choices
+            outbox.failed += [failure(stream, error) for stream in message.streams]

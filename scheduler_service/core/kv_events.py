@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Callable, Hashable
 
 from scheduler_service.core.prefix_cache import CachedBlock, PrefixCache, starts_with_salt
-from scheduler_service.ipc import KvCleared, KvEvents, KvRemoved, KvStored
+from scheduler_service.kv_messages import KvCleared, KvEvents, KvRemoved, KvStored
 
 MAX_EVENT_TOKENS = 1 << 16  # of one KvStored
 MAX_PART_TOKENS = 1 << 17  # of one message of a snapshot

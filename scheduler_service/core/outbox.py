@@ -2,6 +2,7 @@
 
 from array import array
 
+from scheduler_service.errors import DuetError
 from scheduler_service.ipc import Failed, Finished, Outputs, PromptLogprobs, Started, TokenLogprobs
 
 
@@ -35,3 +36,8 @@ class Outbox:
         )
         self._clear()
         return outputs
+
+
+def failure(stream: int, error: DuetError) -> Failed:
+    """The error as the front end hears it."""
+    return Failed(stream, error.code.name, type(error).__name__, error.message, error.field, error.retry_after_s)

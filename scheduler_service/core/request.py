@@ -9,7 +9,10 @@ from numpy.typing import NDArray
 
 from protos.duet.executor.v1 import executor_pb2 as pb
 from scheduler_service.core.outbox import Outbox
-from scheduler_service.ipc import Sampling
+from scheduler_service.ipc import Failed, Finished, PromptLogprobs, Sampling, TokenLogprobs
+
+RequestKey = tuple[str, str]
+"""Tenant and request id."""
 
 
 class RequestState(enum.Enum):
@@ -17,8 +20,18 @@ class RequestState(enum.Enum):
 
     COMPILING = enum.auto()  # its constraint has yet to become a mask; then it waits
     WAITING = enum.auto()
+    QUARANTINED = enum.auto()  # executors died of plans with it: waits to be tried alone
     RUNNING = enum.auto()  # holds a slot and a block table
     FINISHED = enum.auto()
+
+
+@dataclasses.dataclass(slots=True)
+class Kept:
+    """What a client was told beside the tokens; told again to one that resumes."""
+
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+    end: Finished | Failed | None = None
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -41,6 +54,8 @@ class Request:
     cache_salt: str
     arrival_time: float  # monotonic seconds
     deadline: float | None  # monotonic seconds
+    tenant: str = ""
+    detach_s: float | None = None  # how long it outlives its client, and its result its end; None: not at all
     choice_index: int = 0
     end_token_ids: list[int] = dataclasses.field(default_factory=list)  # the model's own, for min_tokens
     constraint: str | None = None  # a grammar for llguidance; None: none
@@ -62,6 +77,13 @@ class Request:
     cached_tokens: int = 0  # at the first admission
     preemptions: int = 0
     recoveries: int = 0
+    suspicions: int = 0  # executors lost with a plan of it in flight, since one brought a token of it
+    kept: "Kept | None" = None  # what its client was told, where it may be resumed
+
+    @property
+    def key(self) -> "RequestKey":
+        """What its choices share, and no other request has."""
+        return (self.tenant, self.request_id)
 
     @property
     def num_output_tokens(self) -> int:

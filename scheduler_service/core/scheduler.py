@@ -9,9 +9,9 @@ import dataclasses
 
 from scheduler_service.core.epoch import Epoch
 from scheduler_service.core.prefix_cache import extend_digests
-from scheduler_service.core.request import Request
+from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.request_pool import RequestPool
-from scheduler_service.core.step_plan import NO_ROWS, Chunk, StepPlan, StepRecord, new_sequence
+from scheduler_service.core.step_plan import Chunk, StepPlan, new_sequence
 
 MAX_ITERATED_NS = 4e6  # a plan of several decode steps takes at most this long on the device
 MAX_ITERATIONS = 16
@@ -24,6 +24,7 @@ class Policy:
 
     max_inflight_steps: int = 2
     max_decode_stall_s: float = 0.4
+    step_timeout_s: float = 60.0  # the least that any plan may take before it is taken to hang
 
 
 class Scheduler:
@@ -44,6 +45,9 @@ class Scheduler:
             return None
         if epoch.num_plans_in_flight >= min(self._policy.max_inflight_steps, epoch.limits.max_inflight_plans):
             return None
+        self._end_trial(epoch)
+        if self._pool.quarantine or epoch.on_trial is not None:
+            return self._try_alone(epoch, now)
         if self._awaits_masks(epoch):
             return None
         plan = StepPlan(epoch.next_step_id)
@@ -58,10 +62,14 @@ class Scheduler:
         if not plan.chunks and not plan.iterations:
             epoch.leaving = [request for request in leaving if request.slot is not None]
             return None
-        plan.release_slots = epoch.take_released_slots()
         self._change_decode_set(epoch, plan, leaving, joined)
         self._track_stall(epoch, plan, now)
-        self._record(epoch, plan)
+        return self._send(epoch, plan, now)
+
+    def _send(self, epoch: Epoch, plan: StepPlan, now: float) -> StepPlan:
+        plan.release_slots = epoch.take_released_slots()
+        plan.timeout_ms = epoch.timeout_ms(plan, self._policy.step_timeout_s)
+        epoch.remember(plan, now)
         return plan
 
     def _join_decode_set(self, epoch: Epoch) -> list[Request]:
@@ -255,29 +263,30 @@ class Scheduler:
         _, lacking = epoch.decode_set.blocks_short(epoch.blocks.table_lens, epoch.blocks.block_size, iterations)
         return iterations if int(lacking.sum()) <= epoch.blocks.num_free_blocks else 1
 
-    # --- what is remembered of a plan ----------------------------------------------------------------------------
+    # --- trials --------------------------------------------------------------------------------------------------
 
-    def _record(self, epoch: Epoch, plan: StepPlan) -> None:
-        """Remember what the plan will bring, and let later plans hit the blocks it completes."""
-        prefilled = {chunk.slot: chunk.request for chunk in plan.chunks}
-        num_prefill_tokens = sum(chunk.count for chunk in plan.chunks)
-        decode_slots, decode_requests = epoch.decode_set.columns() if plan.iterations else NO_ROWS
-        num_steps = max(1, plan.iterations)
-        for index in range(num_steps):
-            ends_plan = index == num_steps - 1
-            record = StepRecord(
-                plan.step_id + index, ends_plan, prefilled, num_prefill_tokens, decode_slots, decode_requests
-            )
-            epoch.records.append(record)
-        epoch.next_step_id += num_steps
-        epoch.num_plans_in_flight += 1
-        for chunk in plan.chunks:
-            block_size, end = epoch.blocks.block_size, chunk.start + chunk.count
-            request, first, last = chunk.request, chunk.start // block_size, end // block_size
-            epoch.blocks.publish(chunk.slot, request.block_digests, request.token_ids, first, last)
-        if plan.iterations:
-            epoch.leaving += epoch.decode_set.advance(plan.iterations)
-            for slot in plan.mask_slots:
-                if slot in epoch.decode_set:
-                    epoch.decode_set.discard(slot)
-                    epoch.leaving.append(epoch.running[slot])
+    def _end_trial(self, epoch: Epoch) -> None:
+        """Put back who ran alone, once that has brought a token: the executor outlived it, and others come first."""
+        request = epoch.on_trial
+        if request is None or epoch.num_plans_in_flight or request in epoch.prefilling:
+            return
+        epoch.on_trial = None
+        if request.state is RequestState.RUNNING:
+            self._pool.put_back(request)
+
+    def _try_alone(self, epoch: Epoch, now: float) -> StepPlan | None:
+        """A plan for one request that executors may have died of, and for nobody else, up to its next token."""
+        request = epoch.on_trial
+        plan = StepPlan(epoch.next_step_id)
+        if request is None:
+            request = next((one for one in self._pool.quarantine if self._can_seat(epoch, one)), None)
+            if request is None:
+                return None
+            del self._pool.quarantine[request]
+            epoch.on_trial = request
+            extend_digests(request.block_digests, request.token_ids, epoch.blocks.block_size, request.cache_salt)
+            self._seat(epoch, plan, request, [], now)
+        if request not in epoch.prefilling:
+            return None
+        self._add_chunk(epoch, plan, request, epoch.limits.max_tokens_per_step)
+        return self._send(epoch, plan, now)

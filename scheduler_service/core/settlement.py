@@ -41,12 +41,14 @@ def apply_result(pool: RequestPool, result: StepResult) -> None:
         if request.state is not RequestState.FINISHED and not request.spoiled:
             _accept_token(pool, epoch, request, slot, token, reason)
             pool.counters.output_tokens += 1
+    if pool.suspects:
+        pool.acquit(requests)
     for slot, message in result.slot_errors:
         _fail_slot(pool, epoch, _holders(record)[slot], message)
     _measure(epoch, record, result)
     if not result.partial:
         pool.counters.steps += 1
-        epoch.settle()
+        epoch.settle(pool.clock())
 
 
 def _requests_of(record: StepRecord, result: StepResult) -> list[Request]:
@@ -91,15 +93,16 @@ def _send_prompt_logprobs(request: Request) -> None:
         assert part.start == position, f"log-probabilities from position {part.start}, where {position} is due"
         position += len(part.ranks) // _ITEM_BYTES
     assert position == request.num_prompt_tokens, f"log-probabilities up to position {position} of the prompt"
-    request.outbox.prompt_logprobs.append(
-        PromptLogprobs(
-            stream=request.stream,
-            token_ids=b"".join(part.token_ids for part in parts),
-            logprobs=b"".join(part.logprobs for part in parts),
-            ranks=b"".join(part.ranks for part in parts),
-            width=width,
-        )
+    prompt_logprobs = PromptLogprobs(
+        stream=request.stream,
+        token_ids=b"".join(part.token_ids for part in parts),
+        logprobs=b"".join(part.logprobs for part in parts),
+        ranks=b"".join(part.ranks for part in parts),
+        width=width,
     )
+    request.outbox.prompt_logprobs.append(prompt_logprobs)
+    if request.kept is not None:
+        request.kept.prompt_logprobs = prompt_logprobs
     request.num_prompt_logprobs = 0
     request.prompt_logprobs = []
 
@@ -114,7 +117,10 @@ def _send_logprobs(requests: list[Request], result: StepResult) -> None:
         end = begin + request.num_logprobs * _ITEM_BYTES
         if _counts(request):
             token_ids, logprobs = result.logprob_token_ids[begin:end], result.logprobs[begin:end]
-            request.outbox.logprobs.append(TokenLogprobs(request.stream, token_ids, logprobs, ranks[num_read]))
+            entry = TokenLogprobs(request.stream, token_ids, logprobs, ranks[num_read])
+            request.outbox.logprobs.append(entry)
+            if request.kept is not None:
+                request.kept.logprobs.append(entry)
         begin, num_read = end, num_read + 1
     assert (begin, num_read) == (len(result.logprobs), len(ranks)), "log-probabilities of other rows than asked for"
 

@@ -1,9 +1,10 @@
 """A step as the core plans it, what it remembers of it, and what comes back."""
 
 import dataclasses
+import itertools
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,7 @@ class StepPlan:
     iterations: int = 0
     mask_slots: list[int] = dataclasses.field(default_factory=list)
     masks: list[Column] = dataclasses.field(default_factory=list)  # little-endian, one for each of mask_slots
+    timeout_ms: int = 0
     digests: set[bytes] = dataclasses.field(default_factory=set)  # of the prefixes whose blocks the chunks complete
 
     def encode(self, epoch: int) -> pb.StepPlan:
@@ -70,6 +72,7 @@ class StepPlan:
             iterations=self.iterations,
             mask_slots=column(self.mask_slots),
             masks=b"".join([mask.data for mask in self.masks]),
+            timeout_ms=self.timeout_ms,
         )
 
     def sample_under_mask(self, request: Request) -> None:
@@ -135,6 +138,12 @@ class StepRecord:
     num_prefill_tokens: int
     decode_slots: Column  # [num_decoding]
     decode_requests: list[Request]  # [num_decoding], in the order of decode_slots
+    timeout_s: float = 0.0  # of its plan; 0: none
+
+    @property
+    def requests(self) -> Iterator[Request]:
+        """All that the step computes for."""
+        return itertools.chain(self.prefilled.values(), self.decode_requests)
 
 
 NO_ROWS: tuple[Column, list[Request]] = (np.zeros(0, dtype=np.int32), [])  # the decode columns of a step without any

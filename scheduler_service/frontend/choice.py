@@ -26,8 +26,12 @@ class Choice:
         stop_token_ids: Set[int],
         text_alone: TextAlone | None,
         on_stop_string: Callable[[], None],
+        resume_offset: int,
     ) -> None:
-        """`text_alone` is given where log-probabilities were asked for; `on_stop_string` is called once, if at all."""
+        """`text_alone` is given where log-probabilities were asked for; `on_stop_string` is called once, if at all.
+
+        The client holds `resume_offset` tokens already.
+        """
         self.stream = stream
         self._index = index
         self._detokenizer = detokenizer
@@ -36,7 +40,8 @@ class Choice:
         self._stop_string: str | None = None  # the one that was completed; whatever comes after it is dropped
         self._text_alone = text_alone
         self._on_stop_string = on_stop_string
-        self._offset = 0  # tokens sent
+        self._resume_offset = resume_offset
+        self._offset = 0  # tokens sent, or held by the client
 
     def take_delta(self, *, is_last: bool) -> pb.GenerateResponse | None:
         """The new tokens that may be sent now; all that are left where `is_last` says that the stream has ended."""
@@ -45,7 +50,7 @@ class Choice:
             return None
         # A stop token is the last one: it goes out with all that was held back, unspoken.
         stop = token_ids.pop() if token_ids and token_ids[-1] in self._stop_token_ids else None
-        released, text = self._detokenizer.push(token_ids)
+        released, text = self._push(token_ids)
         if is_last or stop is not None:
             rest, rest_text = self._detokenizer.flush()
             released, text = released + rest, text + rest_text
@@ -54,7 +59,25 @@ class Choice:
             self._on_stop_string()
         elif stop is not None:
             released.append(stop)
+        if self._offset + len(released) <= self._resume_offset:
+            self._pass_over(released)
+            released = []
         return self._delta(released, text) if released else None
+
+    def _push(self, token_ids: list[int]) -> tuple[list[int], str]:
+        """Detokenize; what the client holds one by one, since only so every offset is met that it may have."""
+        while token_ids and self._offset < self._resume_offset:
+            released, text = self._detokenizer.push([token_ids.pop(0)])
+            if self._offset + len(released) > self._resume_offset:
+                rest, rest_text = self._detokenizer.push(token_ids)
+                return released + rest, text + rest_text
+            self._pass_over(released)
+        return self._detokenizer.push(token_ids)
+
+    def _pass_over(self, token_ids: list[int]) -> None:
+        self._offset += len(token_ids)
+        if self._text_alone is not None:
+            del self.stream.logprobs[: len(token_ids)]
 
     def finished(self, finished: ipc.Finished) -> pb.GenerateResponse:
         """The last message, of what the core says and of the stop string, which the core does not know."""
@@ -85,9 +108,7 @@ class Choice:
         delta.offset = self._offset
         delta.token_ids.extend(token_ids)
         delta.text = text
-        self._offset += len(token_ids)
         if self._text_alone is not None:
-            logprobs = self.stream.logprobs
-            add_token_logprobs(delta, logprobs[: len(token_ids)], self._text_alone)
-            del logprobs[: len(token_ids)]
+            add_token_logprobs(delta, self.stream.logprobs[: len(token_ids)], self._text_alone)
+        self._pass_over(token_ids)
         return response

@@ -1,8 +1,10 @@
 """The front end's end of the core's Unix socket."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
+import time
 from typing import Any, TypeVar
 
 import msgspec
@@ -10,14 +12,18 @@ import numpy as np
 
 from scheduler_service import errors, ipc
 from scheduler_service.errors import DuetError, ExecutorUnavailable, logged_internal_error
+from scheduler_service.frontend.holding import Holding
 from scheduler_service.frontend.kv_subscription import KvSubscription
 from scheduler_service.frontend.streams import TokenStream
+from scheduler_service.kv_messages import KvEvents, KvSubscribe, KvUnsubscribe
+from servicekit.fault_points import reach
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_FIRST_BACKOFF_S = 0.05
-_MAX_BACKOFF_S = 1.0
+_RECONNECT_S = 0.05
+_QUICK_LOSS_S = 2.0  # a core that dies so soon may have died of what it was given,
+_MAX_QUICK_LOSSES = 3  # and this is fewer than its supervisor bears
 _RETRY_AFTER_S = 1.0  # what a client is told when the core or the executor is away
 _READ_BUFFER_BYTES = 1 << 20
 
@@ -25,33 +31,41 @@ _READ_BUFFER_BYTES = 1 << 20
 class CoreClient:
     """Streams and calls over one connection that is renewed when it ends.
 
-    What was under way on a connection that ended fails with ExecutorUnavailable.
+    Requests that were under way on a connection that ended go on with the next core, unless none comes for
+    `max_pause_s` seconds; all else that was fails with ExecutorUnavailable.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, max_pause_s: float) -> None:
         self.status: ipc.EngineStatus | None = None  # None while there is no connection
         self.changed = asyncio.Event()  # set, and replaced by a new one, at each change of `status`
         self._path = path
+        self._max_pause_s = max_pause_s
         self._writer: asyncio.StreamWriter | None = None
-        self._streams: dict[int, TokenStream] = {}
+        self._streams: dict[int, TokenStream] = {}  # those that have not ended
+        self._holdings: dict[int, Holding] = {}  # by the number of the first stream
         self._subscriptions: dict[int, KvSubscription] = {}
         self._calls: dict[int, asyncio.Future[Any]] = {}
         self._count = itertools.count()
 
     async def run(self) -> None:
         """Stay connected until cancelled. Raises: msgspec.DecodeError where the core speaks another protocol."""
-        backoff_s = _FIRST_BACKOFF_S
+        lost_at, num_quick_losses = time.monotonic(), 0
         while True:
             try:
                 reader, writer = await asyncio.open_unix_connection(self._path, limit=_READ_BUFFER_BYTES)
             except OSError:
                 log.debug("no core listens at %s", self._path)
             else:
-                backoff_s = _FIRST_BACKOFF_S
+                connected_at = time.monotonic()
                 await self._serve(reader, writer)
-                log.warning("lost the connection to the core")
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, _MAX_BACKOFF_S)
+                log.warning("lost the connection to the core; %d requests wait for another", len(self._holdings))
+                lost_at = time.monotonic()
+                num_quick_losses = num_quick_losses + 1 if lost_at - connected_at < _QUICK_LOSS_S else 0
+            if num_quick_losses >= _MAX_QUICK_LOSSES and self._streams:
+                self._fail_streams(logged_internal_error("one core after the other died of the requests that wait"))
+            if time.monotonic() - lost_at > self._max_pause_s:
+                self._fail_streams(ExecutorUnavailable(f"no scheduler core for {self._max_pause_s:g} seconds"))
+            await asyncio.sleep(_RECONNECT_S)
 
     async def wait_connected(self) -> None:
         """Return once the core has told its status."""
@@ -59,7 +73,7 @@ class CoreClient:
             await self.changed.wait()
 
     async def wait_for_model(self, timeout_s: float) -> ipc.ModelInfo:
-        """The model, once an executor has connected.
+        """The model, once there is a core to which an executor has connected.
 
         Raises: ExecutorUnavailable after `timeout_s`.
         """
@@ -69,27 +83,41 @@ class CoreClient:
                     await self.changed.wait()
                 return self.status.model
         except TimeoutError:
+            if self.status is None:
+                raise _core_lost() from None
             raise ExecutorUnavailable("no executor has connected yet", retry_after_s=_RETRY_AFTER_S) from None
 
-    def open_streams(self, count: int, news: asyncio.Event) -> list[TokenStream]:
-        """Streams for the choices of one Submit, `news` set by each; `close_stream` ends one.
+    def new_streams(self, count: int, news: asyncio.Event) -> list[TokenStream]:
+        """Streams for the choices of one Submit, `news` set by each."""
+        return [TokenStream(self._next_number(), news) for _ in range(count)]
 
-        Raises: ExecutorUnavailable without a connection.
+    async def submit(self, submit: ipc.Submit, streams: list[TokenStream], model: ipc.ModelInfo) -> None:
+        """Have the core, or the next one, work for the streams until `close_streams`; waits while the socket is full.
+
+        Raises: ExecutorUnavailable, where there is no core with an executor for too long.
         """
-        self._connected_writer()
-        streams = [TokenStream(self._next_number(), news) for _ in range(count)]
+        await self.wait_for_model(self._max_pause_s)  # a core without refuses; the last one may have died meanwhile
+        writer = self._connected_writer()
         self._streams.update((stream.number, stream) for stream in streams)
-        return streams
+        self._holdings[streams[0].number] = Holding(submit, streams, model)
+        writer.write(ipc.encode_frame(submit))
+        reach("frontend.submitted")
+        with contextlib.suppress(ConnectionError):  # the next core is told again
+            await writer.drain()
 
     def stop_stream(self, stream: TokenStream) -> None:
         """Tell the core that a stop string was completed, where the stream has not ended; its end comes as ever."""
+        stream.is_stopped = True
         if stream.number in self._streams and self._writer is not None:
             self._writer.write(ipc.encode_frame(ipc.Stop(stream.number)))
 
-    def close_stream(self, stream: TokenStream) -> None:
-        """Forget a stream, and tell the core where it had not ended."""
-        if self._streams.pop(stream.number, None) is not None and self._writer is not None:
-            self._writer.write(ipc.encode_frame(ipc.Abandon(stream.number)))
+    def close_streams(self, streams: list[TokenStream], *, detach: bool) -> None:
+        """Forget the streams of a Submit; the core ends those that have not ended, or keeps them for another client."""
+        self._holdings.pop(streams[0].number, None)
+        kind = ipc.Detach if detach else ipc.Abandon
+        for stream in streams:
+            if self._streams.pop(stream.number, None) is not None and self._writer is not None:
+                self._writer.write(ipc.encode_frame(kind(stream.number)))
 
     def subscribe_kv(self) -> KvSubscription:
         """Hear what the prefix cache holds and how it changes, until `unsubscribe_kv`.
@@ -99,13 +127,13 @@ class CoreClient:
         writer = self._connected_writer()
         subscription = KvSubscription(self._next_number())
         self._subscriptions[subscription.number] = subscription
-        writer.write(ipc.encode_frame(ipc.KvSubscribe(subscription.number)))
+        writer.write(ipc.encode_frame(KvSubscribe(subscription.number)))
         return subscription
 
     def unsubscribe_kv(self, subscription: KvSubscription) -> None:
         """Hear nothing more."""
         if self._subscriptions.pop(subscription.number, None) is not None and self._writer is not None:
-            self._writer.write(ipc.encode_frame(ipc.KvUnsubscribe(subscription.number)))
+            self._writer.write(ipc.encode_frame(KvUnsubscribe(subscription.number)))
 
     async def send(self, message: ipc.FrontendMessage) -> None:
         """Write one message and wait while the socket is full. Raises: ExecutorUnavailable without a connection."""
@@ -116,11 +144,21 @@ class CoreClient:
         except ConnectionError:
             raise _core_lost() from None
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, tenant: str, request_id: str) -> bool:
         """Whether such a request was alive; it ends. Raises: ExecutorUnavailable."""
         number = self._next_number()
-        reply: ipc.CancelReply = await self._call(number, ipc.Cancel(number, request_id))
+        reply: ipc.CancelReply = await self._call(number, ipc.Cancel(number, tenant, request_id))
         return reply.found
+
+    async def drain(self, limit_s: float | None) -> ipc.DrainReply:
+        """Have no new requests taken, and wait until none is left. Raises: ExecutorUnavailable."""
+        number = self._next_number()
+        return await self._call(number, ipc.Drain(number, limit_s))
+
+    async def cancel_drain(self) -> None:
+        """Have new requests taken again. Raises: ExecutorUnavailable."""
+        number = self._next_number()
+        await self._call(number, ipc.CancelDrain(number))
 
     async def load(self) -> ipc.Load:
         """The load now. Raises: ExecutorUnavailable."""
@@ -128,7 +166,7 @@ class CoreClient:
         reply: ipc.LoadReply = await self._call(number, ipc.LoadQuery(number))
         return reply.load
 
-    async def _call(self, number: int, message: ipc.Cancel | ipc.LoadQuery) -> Any:
+    async def _call(self, number: int, message: ipc.Cancel | ipc.Drain | ipc.CancelDrain | ipc.LoadQuery) -> Any:
         future = self._calls[number] = asyncio.get_running_loop().create_future()
         try:
             await self.send(message)
@@ -153,20 +191,23 @@ class CoreClient:
             writer.close()
             self._writer = None
             self._set_status(None)
-            self._fail_all()
+            self._fail_calls()
 
     def _dispatch(self, message: ipc.CoreMessage, writer: asyncio.StreamWriter) -> None:
         match message:
             case ipc.Outputs():
                 self._apply(message)
+                reach("frontend.tokens_read")
             case ipc.EngineStatus():
-                self._writer = writer  # the first status opens the connection for requests
+                if self._writer is None:  # the first status opens the connection for requests
+                    self._writer = writer
+                    self._resubmit(writer)
                 self._set_status(message)
-            case ipc.CancelReply() | ipc.LoadReply():
+            case ipc.CancelReply() | ipc.DrainReply() | ipc.LoadReply():
                 future = self._calls.get(message.call)
                 if future is not None and not future.done():
                     future.set_result(message)
-            case ipc.KvEvents():
+            case KvEvents():
                 if subscription := self._subscriptions.get(message.subscription):
                     subscription.push(message)
 
@@ -198,10 +239,21 @@ class CoreClient:
             if stream := self._streams.get(logprobs.stream):
                 stream.logprobs.append(logprobs)
 
-    def _fail_all(self) -> None:
+    def _resubmit(self, writer: asyncio.StreamWriter) -> None:
+        """Give the core what another one left behind, before any new request comes."""
+        for holding in self._holdings.values():
+            if holding.is_alive:
+                writer.write(ipc.encode_frame(holding.resubmission()))
+        for stream in self._streams.values():
+            if stream.is_stopped:
+                writer.write(ipc.encode_frame(ipc.Stop(stream.number)))
+
+    def _fail_streams(self, error: DuetError) -> None:
         streams, self._streams = self._streams, {}
         for stream in streams.values():
-            stream.finish(_core_lost())
+            stream.finish(error)
+
+    def _fail_calls(self) -> None:
         subscriptions, self._subscriptions = self._subscriptions, {}
         for subscription in subscriptions.values():
             subscription.end()
@@ -211,6 +263,10 @@ class CoreClient:
 
     def _set_status(self, status: ipc.EngineStatus | None) -> None:
         self.status = status
+        self.announce_change()
+
+    def announce_change(self) -> None:
+        """Wake whoever waits for `changed`."""
         self.changed.set()
         self.changed = asyncio.Event()
 

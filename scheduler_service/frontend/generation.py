@@ -1,6 +1,7 @@
 """Requests to events: what every servicer of this front end generates with."""
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator
@@ -8,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service import ipc
-from scheduler_service.errors import DeadlineExceeded, DuetError, ExecutorUnavailable
+from scheduler_service.errors import DeadlineExceeded, DuetError, ExecutorUnavailable, ServerDraining
 from scheduler_service.frontend import validation
 from scheduler_service.frontend.choice import Choice
 from scheduler_service.frontend.core_client import CoreClient
@@ -19,7 +20,9 @@ from scheduler_service.frontend.streams import TokenStream
 from scheduler_service.frontend.submit import build_submit
 from scheduler_service.frontend.tokenizer import ModelTokenizer
 from scheduler_service.grammar_source import to_grammar
+from servicekit.fault_points import reach
 
+_RETRY_AFTER_S = 1.0  # what a client is told when the server stops
 _LONG_REQUEST_BYTES = 4096  # beyond this, tokenizing would hold up the other streams
 
 
@@ -32,21 +35,53 @@ class Generator:
         self._tokenizer = tokenizer
         self._max_pause_s = max_pause_s
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        self._num_active = 0
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._is_stopping = False
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._is_stopping or (self._core.status is not None and self._core.status.draining)
+
+    async def drain(self) -> None:
+        """Refuse requests from here on, and wait until none is left."""
+        self._is_stopping = True
+        self._core.announce_change()  # watchers of health are told
+        await self._is_idle.wait()
 
     async def events(
-        self, request: pb.GenerateRequest, *, time_remaining_s: float | None
+        self, request: pb.GenerateRequest, *, time_remaining_s: float | None, tenant: str = ""
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         """Yield `started`, the prompt where it was asked for, deltas, and `finished` for each choice.
 
         What happens while the caller does not ask for the next event is told in one delta for each choice, and a stop
-        string in it is found only then. Closing the generator ends the request. Raises: DuetError.
+        string in it is found only then. Closing the generator ends the request, or leaves it to whoever resumes it.
+        The request's id is the `tenant`'s. Raises: DuetError.
         """
         arrival = time.monotonic()
         validation.check_fields(request, self._tokenizer.name)
+        if self._is_stopping:
+            raise ServerDraining("the server is stopping", retry_after_s=_RETRY_AFTER_S)
+        self._num_active += 1
+        self._is_idle.clear()
+        try:
+            async with contextlib.aclosing(self._events(request, arrival, time_remaining_s, tenant)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._num_active -= 1
+            if not self._num_active:
+                self._is_idle.set()
+
+    async def _events(
+        self, request: pb.GenerateRequest, arrival: float, time_remaining_s: float | None, tenant: str
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
         model = await self._wait_for_model(time_remaining_s)
         token_ids, constraint = await self._prepare(request, model)
         news = asyncio.Event()
-        streams = self._core.open_streams(request.sampling.n or 1, news)
+        streams = self._core.new_streams(request.sampling.n or 1, news)
         try:
             submit = build_submit(
                 request,
@@ -57,8 +92,9 @@ class Generator:
                 arrival=arrival,
                 deadline=None if time_remaining_s is None else arrival + time_remaining_s,
                 constraint=constraint,
+                tenant=tenant,
             )
-            await self._core.send(submit)
+            await self._core.submit(submit, streams, model)
             opening = Opening(request, submit, token_ids, streams, self._tokenizer, self._pool)
             choices = self._choices(request, submit, streams)
             while choices:
@@ -79,10 +115,10 @@ class Generator:
                             end.field = f"constraint.{request.constraint.WhichOneof('language')}"
                         raise end
                     choices.remove(choice)
+                    reach("frontend.finished")
                     yield choice.finished(end)
         finally:
-            for stream in streams:
-                self._core.close_stream(stream)
+            self._core.close_streams(streams, detach=request.HasField("detach_seconds"))
 
     async def _wait_for_model(self, time_remaining_s: float | None) -> ipc.ModelInfo:
         if time_remaining_s is None or time_remaining_s >= self._max_pause_s:
@@ -107,6 +143,7 @@ class Generator:
         stop, output = request.stop, request.output
         skip = output.skip_special_tokens if output.HasField("skip_special_tokens") else True
         stop_token_ids, stop_strings = frozenset(submit.stop_token_ids), tuple(stop.stop_strings)
+        resume_offsets = request.resume_offsets or [request.resume_offset] * len(streams)
         choices = []
         for index, stream in enumerate(streams):
             detokenizer = self._tokenizer.detokenizer(skip_special_tokens=skip)
@@ -121,6 +158,7 @@ class Generator:
                 stop_token_ids=stop_token_ids,
                 text_alone=self._tokenizer.text_alone if output.HasField("logprobs") else None,
                 on_stop_string=functools.partial(self._core.stop_stream, stream),
+                resume_offset=resume_offsets[index],
             )
             choices.append(choice)
         return choices

@@ -3,7 +3,7 @@
 import asyncio
 from collections import deque
 
-from scheduler_service import ipc
+from scheduler_service.kv_messages import KvEvents
 
 MAX_UNSENT_MESSAGES = 4096
 
@@ -13,11 +13,11 @@ class KvSubscription:
 
     def __init__(self, number: int) -> None:
         self.number = number  # the subscription's name on the core's socket
-        self._messages: deque[ipc.KvEvents] = deque()
+        self._messages: deque[KvEvents] = deque()
         self._is_broken = False
         self._news = asyncio.Event()
 
-    def push(self, message: ipc.KvEvents) -> None:
+    def push(self, message: KvEvents) -> None:
         """The next message; one more than a subscriber may leave unread breaks the subscription."""
         if len(self._messages) >= MAX_UNSENT_MESSAGES:
             self.end()
@@ -31,7 +31,7 @@ class KvSubscription:
         self._is_broken = True
         self._news.set()
 
-    async def take(self) -> ipc.KvEvents | None:
+    async def take(self) -> KvEvents | None:
         """Wait for the next message; None where messages were lost."""
         while not self._messages:
             if self._is_broken:

@@ -60,7 +60,7 @@ class Opening:
                 prompt_tokens=started.prompt_tokens,
                 cached_tokens=started.cached_tokens,
                 queue_time_ns=started.queue_time_ns,
-                seed=self._submit.sampling.seed,
+                seed=started.seed,
             )
         )
 

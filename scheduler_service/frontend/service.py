@@ -23,11 +23,14 @@ from scheduler_service.frontend.generation import Generator
 from scheduler_service.frontend.prompt import within_vocabulary
 from scheduler_service.frontend.status import abort
 from scheduler_service.frontend.tokenizer import ModelTokenizer
+from servicekit.fault_points import reach
 
 Context = grpc.aio.ServicerContext
 M = TypeVar("M", bound=Message)
 Method = Callable[[Any, Context], Awaitable[Message | None]]
 
+TENANT_KEY = "duet-tenant"  # metadata; set by what authenticates clients in front of the server
+MAX_TENANT_CHARS = 128
 SERVICE_NAME = pb.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 
@@ -53,16 +56,19 @@ class InferenceService:
 
     async def generate(self, request: pb.GenerateRequest, context: Context) -> None:
         """Stream until the end or until the client leaves. Raises: DuetError."""
-        events = self._generator.events(request, time_remaining_s=context.time_remaining())
+        reach("frontend.request_read")
+        events = self._generator.events(request, time_remaining_s=context.time_remaining(), tenant=tenant_of(context))
         async with contextlib.aclosing(events):
             async for event in events:
                 await context.write(event)
+                if event.HasField("delta"):
+                    reach("frontend.delta_written")
 
     async def cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
         """Raises: UnknownRequest, InvalidRequest."""
         if not request.request_id:
             raise InvalidRequest("request_id is required", field="request_id")
-        if not await self._core.cancel(request.request_id):
+        if not await self._core.cancel(tenant_of(context), request.request_id):
             raise UnknownRequest(f"no request {request.request_id!r} is alive", field="request_id")
         return pb.CancelResponse()
 
@@ -94,6 +100,7 @@ class InferenceService:
             device=engine.model.device if engine.model else "",
             epoch=engine.epoch,
             load=_load(load),
+            draining=self._generator.is_draining,
         )
 
     async def watch_load(self, request: pb.WatchLoadRequest, context: Context) -> None:
@@ -104,6 +111,16 @@ class InferenceService:
         while True:
             await context.write(pb.WatchLoadResponse(load=_load(await self._core.load())))
             await asyncio.sleep(interval_s)
+
+
+def tenant_of(context: Context) -> str:
+    """To whom the call's request ids belong. Raises: InvalidRequest."""
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY:
+            if not isinstance(value, str) or len(value) > MAX_TENANT_CHARS:
+                raise InvalidRequest(f"{TENANT_KEY} has more than {MAX_TENANT_CHARS} characters", field=TENANT_KEY)
+            return value
+    return ""
 
 
 def guarded(kind: type[M], method: Method) -> Callable[[bytes, Context], Awaitable[Message | None]]:

@@ -23,6 +23,7 @@ def build_submit(
     arrival: float,
     deadline: float | None,
     constraint: str | None,
+    tenant: str,
 ) -> ipc.Submit:
     """Missing id and seed are drawn here. Times are time.monotonic() seconds; `constraint` is a grammar."""
     stop = request.stop
@@ -41,6 +42,9 @@ def build_submit(
         arrival=arrival,
         deadline=deadline,
         constraint=constraint,
+        tenant=tenant,
+        detach_s=request.detach_seconds if request.HasField("detach_seconds") else None,
+        resumes=request.HasField("resume_offset") or len(request.resume_offsets) > 0,
     )
 
 

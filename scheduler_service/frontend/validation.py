@@ -19,7 +19,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
 MAX_LOGPROBS = 20
 
-NOT_IMPLEMENTED = ("resume_offset", "detach_seconds")
+MAX_DETACH_S = 3600.0
 PROMPT_FIELDS = {"text": "text", "token_ids": "token_ids.ids", "chat": "chat.messages"}
 _RANGES = {
     "temperature": (0.0, 100.0),
@@ -45,9 +45,6 @@ def parse(kind: type[M], payload: bytes) -> M:
 
 def check_fields(request: GenerateRequest, served_model: str) -> None:
     """Everything that can be said without the executor and the tokenizer. Raises: InvalidRequest."""
-    for name in NOT_IMPLEMENTED:
-        if request.HasField(name):
-            raise InvalidRequest(f"{name} is not implemented", field=name)
     if request.HasField("request_id") and not 1 <= len(request.request_id) <= MAX_REQUEST_ID_CHARS:
         raise InvalidRequest(f"request_id must have 1 to {MAX_REQUEST_ID_CHARS} characters", field="request_id")
     if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
@@ -58,6 +55,7 @@ def check_fields(request: GenerateRequest, served_model: str) -> None:
     _check_sampling(request.sampling)
     _check_stop(request.stop)
     _check_output(request.output)
+    _check_resumption(request)
     if request.HasField("constraint") and request.sampling.allowed_token_ids:
         raise InvalidRequest("a constraint does not go together with allowed_token_ids", field="constraint")
 
@@ -92,6 +90,19 @@ def _check_sampling(sampling: SamplingParams) -> None:
         if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
             message = f"a logit_bias must be {-MAX_LOGIT_BIAS:g} to {MAX_LOGIT_BIAS:g}"
             raise InvalidRequest(message, field=f"sampling.logit_bias[{token_id}]")
+
+
+def _check_resumption(request: GenerateRequest) -> None:
+    if request.HasField("detach_seconds") and not 0 < request.detach_seconds <= MAX_DETACH_S:
+        raise InvalidRequest(f"detach_seconds must be above 0 and at most {MAX_DETACH_S:g}", field="detach_seconds")
+    num_choices, num_offsets = request.sampling.n or 1, len(request.resume_offsets)
+    if request.HasField("resume_offset") and (num_choices > 1 or num_offsets):
+        raise InvalidRequest("resume_offsets tells of several continuations", field="resume_offset")
+    if num_offsets not in (0, num_choices):
+        raise InvalidRequest(f"{num_offsets} resume_offsets for {num_choices} continuations", field="resume_offsets")
+    name = "resume_offset" if request.HasField("resume_offset") else "resume_offsets" if num_offsets else None
+    if name and not (request.HasField("request_id") and request.HasField("detach_seconds")):
+        raise InvalidRequest("only a request with request_id and detach_seconds can be resumed", field=name)
 
 
 def _check_stop(stop: StopConditions) -> None:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 from smg_grpc_proto.generated import common_pb2 as common
 
-from scheduler_service import ipc
+from scheduler_service.kv_messages import KvCleared, KvEvents, KvRemoved, KvStored
 
 
 class KvBatches:
@@ -15,7 +15,7 @@ class KvBatches:
         self._num_batches = 0
         self._num_events = 0
 
-    def batch(self, message: ipc.KvEvents) -> common.KvEventBatch:
+    def batch(self, message: KvEvents) -> common.KvEventBatch:
         """The next batch."""
         batch = common.KvEventBatch(sequence_number=self._num_batches + 1, timestamp=time.time(), dp_rank=0)
         if message.snapshot_parts:
@@ -28,15 +28,15 @@ class KvBatches:
         return batch
 
 
-def _fill(target: common.KvCacheEvent, event: ipc.KvStored | ipc.KvRemoved | ipc.KvCleared) -> None:
+def _fill(target: common.KvCacheEvent, event: KvStored | KvRemoved | KvCleared) -> None:
     match event:
-        case ipc.KvStored():
+        case KvStored():
             blocks = np.frombuffer(event.token_ids, dtype="<i4").reshape(-1, event.block_size).tolist()
             for name, token_ids in zip(event.hashes, blocks, strict=True):
                 target.stored.blocks.add(block_hash=name, token_ids=token_ids, block_size=event.block_size)
             if event.parent is not None:
                 target.stored.parent_block_hash = event.parent
-        case ipc.KvRemoved():
+        case KvRemoved():
             target.removed.block_hashes.extend(event.hashes)
-        case ipc.KvCleared():
+        case KvCleared():
             target.cleared.SetInParent()

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from smg_grpc_proto.generated import common_pb2 as common
 from smg_grpc_proto.generated import vllm_engine_pb2 as vllm
 
-from scheduler_service.errors import ExecutorUnavailable
+from scheduler_service.errors import ExecutorUnavailable, ServerDraining
 from scheduler_service.frontend.core_client import CoreClient
 from scheduler_service.frontend.generation import Generator
 from scheduler_service.frontend.service import guarded
@@ -82,7 +82,7 @@ class VllmEngine:
     async def abort(self, request: vllm.AbortRequest, context: Context) -> vllm.AbortResponse:
         """End requests; those that ended already are passed over. Raises: ExecutorUnavailable."""
         for request_id in request.request_ids:
-            await self._core.cancel(request_id)
+            await self._core.cancel("", request_id)
         return vllm.AbortResponse()
 
     async def health_check(self, request: vllm.HealthCheckRequest, context: Context) -> vllm.HealthCheckResponse:
@@ -139,6 +139,8 @@ class VllmEngine:
             raise ExecutorUnavailable("the scheduler core is restarting")
         if not self._core.status.ready:
             raise ExecutorUnavailable("no executor is connected")
+        if self._generator.is_draining:
+            raise ServerDraining("the server is draining")
 
 
 def _serialize(message: Message) -> bytes:

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import grpc
@@ -17,14 +18,14 @@ from protos.duet.inference.v1 import inference_pb2 as pb
 from protos.duet.inference.v1 import inference_pb2_grpc
 from scheduler_service import ipc
 from scheduler_service.config import SchedulerConfig
-from scheduler_service.frontend.server import FrontendServer
+from scheduler_service.frontend.server import FrontendServer, Stop
 from tests.small_model import byte_level_bpe, write_model
 
 MODEL = ipc.ModelInfo(
     "LlamaForCausalLM", "float32", "cpu", "c0ffee", 400, max_model_len=30_000, max_cache_tokens=50_000
 )
 READY = ipc.EngineStatus(ready=True, epoch=3, queue_order="fcfs", model=MODEL)
-LOAD = ipc.Load(*range(1, 15), uptime_seconds=2.5)
+LOAD = ipc.Load(**{name: number for number, name in enumerate(ipc.Load.__struct_fields__, 1)})
 WORDS = byte_level_bpe().encode("The quick brown fox jumps over the lazy dog.").ids
 
 
@@ -72,7 +73,7 @@ class FakeCore:
         self.status = status
         self.say(status)
 
-    async def hear(self, kind: type[Any]) -> Any:
+    async def hear(self, kind: type[Any] | UnionType) -> Any:
         message = await asyncio.wait_for(self.heard.get(), 10)
         assert isinstance(message, kind)
         return message
@@ -85,7 +86,7 @@ class FakeCore:
         """Every choice is admitted."""
         num_prompt_tokens = len(submit.token_ids) // 4
         for stream in submit.streams:
-            self.outputs(stream, started=[ipc.Started(stream, num_prompt_tokens, 1, 99)])
+            self.outputs(stream, started=[ipc.Started(stream, num_prompt_tokens, 1, 99, submit.sampling.seed)])
 
     def finish(
         self,
@@ -119,7 +120,7 @@ async def make_world(
     model = write_model(directory / "tiny")
     config = SchedulerConfig(model=str(model), listen="127.0.0.1:0", core_socket=core.path, max_pause_s=max_pause_s)
     frontend = FrontendServer(config)
-    stop, ready = asyncio.Event(), asyncio.Event()
+    stop, ready = Stop(), asyncio.Event()
     running = asyncio.create_task(frontend.run(stop, ready.set))
     await asyncio.wait_for(ready.wait(), 10)
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_send_message_length", -1)]
@@ -127,7 +128,7 @@ async def make_world(
         async with grpc.aio.insecure_channel(f"127.0.0.1:{frontend.port}", options=options) as channel:
             yield World(core, frontend, channel)
     finally:
-        stop.set()
+        stop.stop()
         await asyncio.wait_for(running, 10)
         await core.stop()
 

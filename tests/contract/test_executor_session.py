@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NoReturn
 
 import grpc
 import numpy as np
@@ -14,11 +15,13 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from executor_service.device import Followers
+import executor_service.device
+from executor_service.device import Device, Followers
 from executor_service.plan import InvalidPlan, Limits, Plan
 from executor_service.runner.runner import CONTINUES, PromptLogprobs, RunnerInfo, StepLogprobs, StepOutput
 from executor_service.server import SERVICE, ListenError, serve
 from executor_service.session import MAX_INFLIGHT_PLANS, PROTOCOL_VERSION
+from executor_service.watchdog import Watchdog
 from protos.duet.executor.v1 import executor_pb2 as pb
 
 Code = grpc.StatusCode
@@ -164,7 +167,7 @@ async def test_executor_speaks_first_and_describes_itself(executor: Executor) ->
     assert info.boot_id
     info.boot_id = ""
     assert info == pb.ExecutorInfo(
-        protocol_version=2, architecture="TinyForCausalLM", model_digest="model", weights_digest="weights",
+        protocol_version=3, architecture="TinyForCausalLM", model_digest="model", weights_digest="weights",
         dtype="float32", device="a script", vocab_size=100, max_model_len=32, block_size=4, num_blocks=8, num_slots=4,
         max_tokens_per_step=16, graph_batch_sizes=[1, 2], tensor_parallel_size=1, max_inflight_plans=MAX_INFLIGHT_PLANS,
     )  # fmt: skip
@@ -215,6 +218,28 @@ async def test_a_core_that_does_not_match_is_refused_and_does_not_fence(
     assert word in message
     await holder.plan(1)
     assert (await holder.result()).step_id == 1
+
+
+@pytest.mark.parametrize("version", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION, PROTOCOL_VERSION + 1])
+async def test_a_core_one_version_older_or_newer_is_served(executor: Executor, version: int) -> None:
+    core = executor.connect()
+    await core.info()
+    await core.ask(1, version=version)
+    assert (await core.read()).opened.epoch == 1
+    core.epoch = 1
+    await core.plan(1)
+    assert (await core.result()).step_id == 1
+
+
+@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 2, PROTOCOL_VERSION + 2])
+async def test_a_core_further_away_than_one_version_is_refused(executor: Executor, version: int) -> None:
+    core = executor.connect()
+    await core.info()
+    await core.ask(1, version=version)
+    code, message = await core.end()
+    assert code is Code.FAILED_PRECONDITION
+    assert f"protocol version {version}" in message
+    assert executor.runner.history == []
 
 
 async def test_equal_weights_digest_is_accepted(executor: Executor) -> None:
@@ -540,17 +565,79 @@ async def test_a_runner_that_skips_the_last_result_counts_as_failed() -> None:
         assert await executor.serving is False
 
 
+# --- the watchdog ------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_answered_refused_or_dropped_never_counts_as_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+    watchdogs: list[Watchdog] = []
+
+    class Seen(Watchdog):
+        def __init__(self) -> None:
+            super().__init__()
+            watchdogs.append(self)
+
+        async def watch(self) -> NoReturn:
+            await asyncio.Future()  # only the test looks
+            raise AssertionError
+
+    monkeypatch.setattr(executor_service.device, "Watchdog", Seen)
+    async with running(ScriptedRunner(refuse_second)) as executor:
+        runner = executor.runner
+        runner.gate.clear()
+        old = await executor.connect().open()
+        for step_id in (1, 2):  # the second is dropped, and so is the wiping for a session that is refused meanwhile
+            await old.plan(step_id, timeout_ms=60_000)
+        await until(lambda: "plan 1" in runner.history)
+        (watchdog,) = watchdogs
+        hasty = executor.connect()
+        hasty.epoch = (await hasty.info()).last_epoch + 1
+        await hasty.ask(hasty.epoch)
+        await hasty.plan(1, timeout_ms=60_000)
+        assert (await hasty.end())[0] is Code.FAILED_PRECONDITION
+        assert [watchdog.look(0.0), watchdog.look(100.0)][-1] == "step 1 has taken 100.0 s, and may take 60.0 s"
+        runner.gate.set()
+        core = await executor.connect().open()
+        for step_id in (1, 2):  # the second is refused
+            await core.plan(step_id, iterations=1, timeout_ms=60_000)
+        assert (await core.end())[0] is Code.INVALID_ARGUMENT
+        assert [watchdog.look(1e6), watchdog.look(1e6)] == [None, None]
+
+
 # --- the server --------------------------------------------------------------------------------------------------
 
 
-async def test_a_stopping_executor_ends_its_sessions_with_unavailable() -> None:
+async def test_an_executor_that_is_told_to_stop_ends_its_sessions_with_ok_and_starts_no_queued_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with running(ScriptedRunner()) as executor:
+        runner, close = executor.runner, Device.close
+
+        def release_and_close(device: Device) -> None:
+            runner.gate.set()
+            close(device)
+
+        monkeypatch.setattr(Device, "close", release_and_close)
         core, waiting = await executor.connect().open(), executor.connect()
         await waiting.info()
+        runner.gate.clear()
+        for step_id in (1, 2):
+            await core.plan(step_id)
+        await until(lambda: "plan 1" in runner.history)
         executor.stop.set()
         ends = await asyncio.gather(core.end(), waiting.end())
-    assert [code for code, _ in ends] == [Code.UNAVAILABLE, Code.UNAVAILABLE]
+    assert [code for code, _ in ends] == [Code.OK, Code.OK]
     assert executor.serving.result() is True
+    assert runner.history == ["reset", "plan 1"]
+
+
+async def test_the_failure_of_the_device_is_no_orderly_end_for_any_session() -> None:
+    async with running(ScriptedRunner(break_second)) as executor:
+        core, waiting = await executor.connect().open(), executor.connect()
+        await waiting.info()
+        await core.plan(1)
+        await core.plan(2)
+        assert (await core.end())[0] is Code.INTERNAL
+        assert await waiting.end() == (Code.UNAVAILABLE, "the device failed")
 
 
 async def test_a_second_executor_on_the_port_fails_with_one_sentence(executor: Executor) -> None:

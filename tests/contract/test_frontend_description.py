@@ -50,9 +50,11 @@ async def test_reflection_lists_the_services(world: World) -> None:
     await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
     names = {service.name for service in (await call.read()).list_services_response.service}
     names.discard("vllm.grpc.engine.VllmEngine")  # served where the extra `gateway` is installed
-    assert names == {SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-    await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE_NAME))
-    assert (await call.read()).file_descriptor_response.file_descriptor_proto
+    ours = {SERVICE_NAME, "duet.admin.v1.AdminService"}
+    assert names == {*ours, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    for name in ours:
+        await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=name))
+        assert (await call.read()).file_descriptor_response.file_descriptor_proto
     await call.done_writing()
 
 

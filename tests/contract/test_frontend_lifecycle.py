@@ -27,20 +27,6 @@ def health_stub(world: World) -> Any:
     return health_pb2_grpc.HealthStub(world.channel)
 
 
-async def test_streams_fail_when_the_core_dies_and_the_next_core_serves(world: World) -> None:
-    call = world.stub.Generate(pb.GenerateRequest(text="the fox"))
-    await world.core.hear(ipc.Submit)
-    await world.core.stop()
-    error = await failure(call)
-    assert error.code() == grpc.StatusCode.UNAVAILABLE
-    assert details(error)["RetryInfo"].retry_delay.ToMilliseconds() > 0
-    waiting = world.stub.Generate(pb.GenerateRequest(text="the fox"))
-    assert (await failure(world.stub.GetServer(pb.GetServerRequest()))).code() == grpc.StatusCode.UNAVAILABLE
-    await world.core.start()
-    world.core.finish(await world.core.hear(ipc.Submit), pb.FINISH_REASON_LENGTH)
-    assert events_of(await rest(waiting)) == ["finished"]
-
-
 async def test_a_request_waits_for_the_first_executor(tmp_path: Path) -> None:
     async with make_world(tmp_path, ipc.EngineStatus(False, 0, "fcfs", None)) as world:
         call = world.stub.Generate(pb.GenerateRequest(text="the fox"))
@@ -72,7 +58,7 @@ async def test_the_smaller_bound_on_the_wait_for_an_executor_is_the_error(
     tmp_path: Path, remaining_s: float | None, max_pause_s: float, kind: type[errors.DuetError]
 ) -> None:
     tokenizer = load_model_tokenizer(write_model(tmp_path / "tiny"), None)
-    core = CoreClient(str(tmp_path / "nobody.sock"))
+    core = CoreClient(str(tmp_path / "nobody.sock"), max_pause_s=10.0)
     generator = Generator(core, tokenizer, max_pause_s=max_pause_s)
     with pytest.raises(errors.DuetError) as caught:
         await anext(generator.events(pb.GenerateRequest(text="the fox"), time_remaining_s=remaining_s))

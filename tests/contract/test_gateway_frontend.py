@@ -14,10 +14,11 @@ from smg_grpc_proto.generated import vllm_engine_pb2_grpc
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service import ipc
 from scheduler_service.gateway.service import SERVICE_NAME
+from scheduler_service.kv_messages import KvCleared, KvEvents, KvRemoved, KvStored, KvSubscribe, KvUnsubscribe
 from tests.contract.frontend_harness import WORDS, World, failure, rest
 
 SUBSCRIBE = common.SubscribeKvEventsRequest()
-KV_EVENTS = [ipc.KvCleared(), ipc.KvStored([11], None, np.arange(4, dtype="<i4").tobytes(), 4)]
+KV_EVENTS = [KvCleared(), KvStored([11], None, np.arange(4, dtype="<i4").tobytes(), 4)]
 
 
 def engine(world: World) -> Any:
@@ -80,25 +81,25 @@ async def test_a_request_whose_core_dies_is_unavailable_and_so_tried_elsewhere(w
 
 async def test_the_cores_cache_events_are_streamed_until_the_subscriber_leaves(world: World) -> None:
     calls = [engine(world).SubscribeKvEvents(SUBSCRIBE) for _ in range(2)]
-    numbers = [(await world.core.hear(ipc.KvSubscribe)).subscription for _ in calls]
+    numbers = [(await world.core.hear(KvSubscribe)).subscription for _ in calls]
     assert numbers[0] != numbers[1]
     for number in numbers:
-        world.core.say(ipc.KvEvents(number, KV_EVENTS, snapshot_parts=1))
+        world.core.say(KvEvents(number, KV_EVENTS, snapshot_parts=1))
     for call in calls:
         batch = await asyncio.wait_for(call.read(), 10)
         assert batch.events[1].stored.blocks[0].block_hash == 11
     calls[0].cancel()
-    left = await world.core.hear(ipc.KvUnsubscribe)
+    left = await world.core.hear(KvUnsubscribe)
     assert left.subscription in numbers
     (stays,) = set(numbers) - {left.subscription}
-    world.core.say(ipc.KvEvents(stays, [ipc.KvRemoved([11])]))
+    world.core.say(KvEvents(stays, [KvRemoved([11])]))
     batch = await asyncio.wait_for(calls[1].read(), 10)
     assert list(batch.events[0].removed.block_hashes) == [11]
 
 
 async def test_a_subscription_ends_with_data_loss_when_the_core_dies(world: World) -> None:
     call = engine(world).SubscribeKvEvents(SUBSCRIBE)
-    await world.core.hear(ipc.KvSubscribe)
+    await world.core.hear(KvSubscribe)
     await world.core.stop()
     assert (await failure(call)).code() is grpc.StatusCode.DATA_LOSS
     assert (await failure(engine(world).SubscribeKvEvents(SUBSCRIBE))).code() is grpc.StatusCode.UNAVAILABLE

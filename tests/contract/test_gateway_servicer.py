@@ -29,6 +29,7 @@ from scheduler_service.frontend.tokenizer import load_model_tokenizer
 from scheduler_service.gateway import vllm_engine
 from scheduler_service.gateway.about import ModelFiles
 from scheduler_service.gateway.service import SERVICE_NAME
+from scheduler_service.kv_messages import KvCleared, KvEvents, KvRemoved, KvStored
 from tests.small_model import EOS, write_model
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,11 @@ LOAD = ipc.Load(
     preemptions_total=0,
     steps_total=70,
     uptime_seconds=8.0,
+    detached_requests=0,
+    quarantined_requests=0,
+    idle_checks_total=0,
+    idle_check_failures_total=0,
+    executor_losses_total=0,
 )
 
 
@@ -70,7 +76,7 @@ class FakeCore:
     async def load(self) -> ipc.Load:
         return self.now
 
-    async def cancel(self, request_id: str) -> bool:
+    async def cancel(self, tenant: str, request_id: str) -> bool:
         self.cancelled.append(request_id)
         return False
 
@@ -90,6 +96,7 @@ class FakeGenerator:
         self.requests: list[pb.GenerateRequest] = []
         self.failure: Exception | None = None
         self.goes_on = False
+        self.is_draining = False
         self.begun, self.closed = asyncio.Event(), asyncio.Event()
 
     async def events(
@@ -338,9 +345,9 @@ async def test_a_subscription_is_a_snapshot_and_then_changes_with_rising_numbers
     await call.initial_metadata()
     (subscription,) = world.core.subscriptions
     tokens = np.arange(8, dtype="<i4").tobytes()
-    subscription.push(ipc.KvEvents(0, [ipc.KvCleared(), ipc.KvStored([1, -2], None, tokens, 4)], snapshot_parts=2))
-    subscription.push(ipc.KvEvents(0, [ipc.KvStored([3], -2, tokens[:16], 4)], snapshot_parts=2))
-    subscription.push(ipc.KvEvents(0, [ipc.KvRemoved([3, -2])]))
+    subscription.push(KvEvents(0, [KvCleared(), KvStored([1, -2], None, tokens, 4)], snapshot_parts=2))
+    subscription.push(KvEvents(0, [KvStored([3], -2, tokens[:16], 4)], snapshot_parts=2))
+    subscription.push(KvEvents(0, [KvRemoved([3, -2])]))
     batches = [await call.read() for _ in range(3)]
     assert [batch.sequence_number for batch in batches] == [1, 2, 3]
     assert [(batch.snapshot.index, batch.snapshot.count) for batch in batches[:2]] == [(0, 2), (1, 2)]
@@ -380,10 +387,10 @@ async def test_a_subscriber_who_does_not_read_loses_the_subscription(monkeypatch
     monkeypatch.setattr(kv_subscription, "MAX_UNSENT_MESSAGES", 2)
     subscription = KvSubscription(0)
     for _ in range(2):
-        subscription.push(ipc.KvEvents(0, []))
+        subscription.push(KvEvents(0, []))
     assert await subscription.take() is not None
-    subscription.push(ipc.KvEvents(0, []))
-    subscription.push(ipc.KvEvents(0, []))
+    subscription.push(KvEvents(0, []))
+    subscription.push(KvEvents(0, []))
     assert await subscription.take() is None
 
 

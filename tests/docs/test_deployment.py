@@ -38,7 +38,7 @@ def test_flags_belong_to_the_service_that_is_named() -> None:
 
 def test_every_flag_in_the_text_is_one() -> None:
     known = {field.name for config in (SchedulerConfig, ExecutorConfig) for field in dataclasses.fields(config)}
-    others = {"json", "watch", "interval", "shm_size"}
+    others = {"json", "watch", "interval", "limit", "shm_size"}
     assert {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", PAGE.text)} <= known | others
 
 

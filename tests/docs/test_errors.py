@@ -7,6 +7,7 @@ import grpc
 
 import duet.errors
 import scheduler_service.errors
+from duet.retry import MAX_BREAKS
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.frontend.validation import MAX_REQUEST_BYTES
 from tests.docs.pages import page
@@ -33,9 +34,10 @@ def test_the_python_client_has_a_class_for_each_status() -> None:
     assert sorted(codes, key=str) == sorted(set(ROWS.values()), key=str)
 
 
-def test_the_limits_in_the_text_are_the_servers() -> None:
+def test_the_limits_in_the_text_are_the_servers_and_the_clients() -> None:
     text = page("docs/errors.md").text
     assert f"more than {MAX_REQUEST_BYTES >> 20} MiB" in text
+    assert f"after {MAX_BREAKS} breaks in a row" in text
 
 
 def test_a_server_says_the_reason_and_the_status_of_the_table(docs_server: System) -> None:

@@ -6,36 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from duet import LLM
 from tests.e2e.system import System
-from tests.small_model import EOS, byte_level_bpe, write_model
+from tests.tiny_llama import write_tiny_llama
 
-MAX_MODEL_LEN = 8_192  # tokens
 FLAGS: dict[str, Any] = {"device": "cpu", "dtype": "float32", "block_size": 16, "num_threads": 1}
 
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a Llama that computes a step in a millisecond and continues any prompt differently."""
-    directory = write_model(tmp_path_factory.mktemp("models") / "tiny")
-    config = LlamaConfig(
-        vocab_size=byte_level_bpe().get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_MODEL_LEN,
-        initializer_range=0.3,  # far enough from zero that two best logits are rarely close
-        bos_token_id=1,
-        eos_token_id=[EOS, 0],
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    return write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @contextlib.contextmanager

@@ -20,12 +20,16 @@ PROMPTS = [[5, 6, 7], [8, 9]]
 SAMPLING = [pb.SamplingParams(temperature=0.0), pb.SamplingParams(temperature=1.0, top_p=1.0, seed=3)]
 
 
+class SessionOver(Exception):
+    """The executor has stopped in good order."""
+
+
 def run_session(
-    address: str, num_tokens: int = NUM_TOKENS, on_result: Callable[[], None] = lambda: None
+    address: str, num_tokens: int = NUM_TOKENS, on_result: Callable[[], None] = lambda: None, timeout_ms: int = 0
 ) -> dict[str, Any]:
     """Waits for an executor at `address`; returns its `tensor_parallel_size` and the `tokens` of each sequence.
 
-    Raises: grpc.RpcError.
+    timeout_ms: of each plan; 0: none. Raises: SessionOver, grpc.RpcError.
     """
     requests: queue.SimpleQueue[pb.RunSessionRequest | None] = queue.SimpleQueue()
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
@@ -39,6 +43,7 @@ def run_session(
             requests.put(pb.RunSessionRequest(open=opening))
             assert next(responses).opened.epoch == opening.epoch
             for plan in _plans(opening.epoch, info.block_size, num_tokens):
+                plan.timeout_ms = timeout_ms
                 requests.put(pb.RunSessionRequest(plan=plan))
             tokens: list[list[int]] = [[] for _ in PROMPTS]
             for _ in range(num_tokens):
@@ -46,6 +51,8 @@ def run_session(
                 for slot, token_id in zip(_values(result.slots), _values(result.token_ids), strict=True):
                     tokens[slot].append(token_id)
                 on_result()
+        except StopIteration:
+            raise SessionOver from None
         finally:
             requests.put(None)
         return {"tensor_parallel_size": info.tensor_parallel_size, "tokens": tokens}

@@ -23,6 +23,7 @@ M = TypeVar("M", bound=Message)
 ROOT = Path(__file__).parents[2]
 SERVICE = "duet.inference.v1.InferenceService"
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
+PROBE = [9, 8, 7, 6, 5]  # prompt of the request that is answered alike for as long as all is well
 ENDLESS = 7_900  # tokens: a stream that outlasts whatever a test does beside it
 PATIENCE_S = 60.0  # for what happens soon; only a test that fails waits so long
 
@@ -84,7 +85,7 @@ class System:
 
     def probe(self) -> list[int]:
         """The tokens of a normal request."""
-        return tokens_of(self.stub.Generate(generate_request([9, 8, 7, 6, 5], max_tokens=8), timeout=PATIENCE_S))
+        return tokens_of(self.stub.Generate(generate_request(PROBE, max_tokens=8), timeout=PATIENCE_S))
 
     def load(self) -> pb.Load:
         return self.stub.GetServer(pb.GetServerRequest(), timeout=PATIENCE_S).load

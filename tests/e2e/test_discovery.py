@@ -9,9 +9,9 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from duet import SamplingParams
 from protos.duet.inference.v1 import inference_pb2 as pb
-from tests.e2e.conftest import MAX_MODEL_LEN
 from tests.e2e.system import SERVICE, SERVING, Refusal, System
 from tests.small_model import EOS
+from tests.tiny_llama import MAX_MODEL_LEN
 
 
 def test_health_is_known_for_the_server_and_for_the_service(server: System) -> None:

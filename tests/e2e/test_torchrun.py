@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import FLAGS
 from tests.e2e.plain_session import NUM_TOKENS, PROMPTS, run_session
-from tests.e2e.system import ROOT, is_alive
+from tests.e2e.system import ROOT, is_alive, wait_until
 from tests.faults.processes import descendants
 
 PATIENCE_S = 100
@@ -121,6 +121,20 @@ def test_ranks_that_torchrun_starts_give_the_tokens_of_one_process_and_end_toget
         process.terminate()
         process.wait(PATIENCE_S)
         assert not any(is_alive(pid) for pid in ranks)
+
+
+def test_no_rank_outlives_a_killed_torchrun(tiny_model: Path) -> None:
+    listen = f"127.0.0.1:{free_port()}"
+    with torchrun(tiny_model, "--nproc-per-node", "2", listen=listen) as process:
+        run_session(listen)
+        ranks = ranks_of(process, tiny_model)
+        assert len(ranks) == 2
+        try:
+            process.kill()
+            wait_until(lambda: not any(is_alive(pid) for pid in ranks))
+        finally:
+            for pid in filter(is_alive, ranks):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_ranks_on_two_hosts_give_the_tokens_of_one_process_and_none_outlives_rank_0(

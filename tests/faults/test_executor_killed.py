@@ -19,7 +19,7 @@ from tests.golden.prompts import prompt_token_ids
 
 NUM_STREAMS = 16
 NUM_TOKENS = 40
-ROUNDS = 10
+ROUNDS, THOROUGH_ROUNDS = 4, 10
 # Of all tokens, when the last kill may come: a GPU makes the rest while the test still learns that it is time.
 LATEST_KILL = 0.25 if torch.cuda.is_available() else 0.8
 STABLE_S = 2.5  # the supervisor takes a death within 2 s of readiness for a failed start,
@@ -29,18 +29,18 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
 
 @pytest.mark.timeout(600)
 def test_every_stream_ends_as_if_the_executor_had_never_been_killed(
-    oracle: Oracle, tmp_path: Path, tell: Callable[[str], None]
+    oracle: Oracle, tmp_path: Path, tell: Callable[[str], None], is_thorough: bool
 ) -> None:
     model = tmp_path / "model"  # by which its processes are told from those of other tests
     model.symlink_to(oracle.model)
     everything = prompt_token_ids(oracle.model)
     prompts = {name: everything[name][:64] for name in list(everything)[:NUM_STREAMS]}
     references = dict(zip(prompts, oracle.generate_all(list(prompts.values()), NUM_TOKENS), strict=True))
-    rng = random.Random(5)
+    rng, num_rounds = random.Random(5), THOROUGH_ROUNDS if is_thorough else ROUNDS
     ties: list[NearTie] = []
     recoveries = 0
     with LLM(str(model), dtype="float32", num_blocks=128) as llm:
-        for number in range(ROUNDS):
+        for number in range(num_rounds):
             if number % (MOST_FAILED + 1) == 0:
                 time.sleep(STABLE_S)
             num_tokens = rng.randint(1, int(NUM_STREAMS * NUM_TOKENS * LATEST_KILL))
@@ -50,7 +50,7 @@ def test_every_stream_ends_as_if_the_executor_had_never_been_killed(
             recoveries += outlived
             for output, (name, reference) in zip(outputs, references.items(), strict=True):
                 ties += _check(output, reference, oracle, f"round {number}, {name}")
-    tell(f"kill -9, {ROUNDS} rounds: {recoveries} of {ROUNDS * NUM_STREAMS} streams outlived their executor, "
+    tell(f"kill -9, {num_rounds} rounds: {recoveries} of {num_rounds * NUM_STREAMS} streams outlived their executor, "
          f"{len(ties)} near ties forgiven")  # fmt: skip
 
 

@@ -96,6 +96,9 @@ class FakeExecutor:
         results = [self._sample(plan, 0, sampled, partial=True)] if sampled else []
         return results + [self._decode(plan, index) for index in range(plan.iterations)]
 
+    def next_token(self, sequence: Slot) -> int:
+        return sequence.checksum % VOCAB_SIZE
+
     def _seat(self, sequence: pb.NewSequence) -> None:
         token_ids, num_blocks = _ints(sequence.token_ids), len(_ints(sequence.block_ids))
         assert sequence.slot not in self.slots, "the slot is taken"
@@ -147,7 +150,7 @@ class FakeExecutor:
             if slot in failed:
                 sequence.reason = STOP
                 continue
-            token = sequence.checksum % VOCAB_SIZE
+            token = self.next_token(sequence)
             if slot in self.masks:
                 allowed = np.flatnonzero(np.unpackbits(self.masks.pop(slot).view(np.uint8), bitorder="little"))
                 token = int(allowed[sequence.checksum % len(allowed)])

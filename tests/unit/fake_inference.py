@@ -1,4 +1,4 @@
-"""A small InferenceService for tests of the client: it counts up from the prompt's checksum.
+"""A small InferenceService for tests of the client: it counts up from the prompt's checksum. And an AdminService.
 
 `python -m tests.unit.fake_inference --listen HOST:PORT` serves it alone.
 """
@@ -17,6 +17,8 @@ from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
 
+from protos.duet.admin.v1 import admin_pb2
+from protos.duet.admin.v1.admin_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 from protos.duet.inference.v1 import inference_pb2 as pb
 from protos.duet.inference.v1.inference_pb2_grpc import (
     InferenceServiceServicer,
@@ -61,11 +63,11 @@ def finished(request: pb.GenerateRequest, output_tokens: int, index: int = 0) ->
 
 
 async def count_up(request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
-    """Two tokens a message; longer continuations end later."""
+    """Two tokens a message, from the one on that is resumed at; longer continuations end later."""
     yield started(request)
     count = request.stop.max_tokens
     tokens = expected_tokens(prompt_tokens(request), count)
-    for offset in range(0, count, 2):
+    for offset in range(request.resume_offset, count, 2):
         await asyncio.sleep(0.002)
         yield delta(offset, tokens[offset : offset + 2])
     yield finished(request, count)
@@ -113,6 +115,7 @@ class FakeInference(InferenceServiceServicer):
     def __init__(self) -> None:
         self.script: Script = count_up
         self.ready = True
+        self.draining = False
         self.requests: list[pb.GenerateRequest] = []
         self.cancel_calls: list[str] = []
         self.cut_calls = threading.Semaphore(0)  # released for each stream that its client closed
@@ -143,11 +146,42 @@ class FakeInference(InferenceServiceServicer):
         return pb.GetModelResponse(name="fake", vocab_size=1000, eos_token_ids=[2], max_model_len=4096)
 
     async def GetServer(self, request: pb.GetServerRequest, context: Context) -> pb.GetServerResponse:
-        return pb.GetServerResponse(version="0", ready=self.ready, queue_order="fcfs", load=load(1))
+        return pb.GetServerResponse(
+            version="0", ready=self.ready, queue_order="fcfs", load=load(1), draining=self.draining
+        )
 
     async def WatchLoad(self, request: pb.WatchLoadRequest, context: Context) -> AsyncIterator[Any]:
         for second in range(1, self.num_loads + 1):
             yield pb.WatchLoadResponse(load=load(second))
+
+
+class FakeAdmin(AdminServiceServicer):
+    """Drains at once; what it was asked, and with what secret, is kept."""
+
+    def __init__(self, service: FakeInference) -> None:
+        self.calls: list[tuple[Message, str | None]] = []
+        self.refusal: str | None = None
+        self.stays_drained = True
+        self.never_ends = False
+        self._service = service
+
+    async def Drain(self, request: admin_pb2.DrainRequest, context: Context) -> admin_pb2.DrainResponse:
+        await self._keep(request, context)
+        self._service.draining = self.stays_drained
+        if self.never_ends:
+            await asyncio.Event().wait()
+        return admin_pb2.DrainResponse(finished_requests=5, cut_requests=2)
+
+    async def CancelDrain(self, request: admin_pb2.CancelDrainRequest, context: Context) -> Any:
+        await self._keep(request, context)
+        self._service.draining = False
+        return admin_pb2.CancelDrainResponse()
+
+    async def _keep(self, request: Message, context: Context) -> None:
+        metadata: dict[str, Any] = dict(context.invocation_metadata() or ())
+        self.calls.append((request, metadata.get("authorization")))
+        if self.refusal is not None:
+            await abort(context, grpc.StatusCode.PERMISSION_DENIED, self.refusal)
 
 
 def load(second: int) -> pb.Load:
@@ -167,9 +201,10 @@ def load(second: int) -> pb.Load:
     )
 
 
-async def start(service: FakeInference, address: str) -> tuple[grpc.aio.Server, int]:
+async def start(service: FakeInference, admin: FakeAdmin, address: str) -> tuple[grpc.aio.Server, int]:
     server = grpc.aio.server()
     add_InferenceServiceServicer_to_server(service, server)
+    add_AdminServiceServicer_to_server(admin, server)
     port = server.add_insecure_port(address)
     await server.start()
     return server, port
@@ -195,7 +230,8 @@ class ServerThread:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server, port = await start(self.service, f"127.0.0.1:{self._port}")
+        self.admin = FakeAdmin(self.service)
+        server, port = await start(self.service, self.admin, f"127.0.0.1:{self._port}")
         self._address.set_result(f"127.0.0.1:{port}")
         await self._stop.wait()
         await server.stop(0)
@@ -203,7 +239,7 @@ class ServerThread:
 
 def main() -> None:
     """Serve until killed, readiness told to a supervisor as the real services do."""
-    from servicekit.supervisor import bind_to_parent, notify_ready
+    from servicekit.lifeline import bind_to_parent, notify_ready
 
     bind_to_parent()
     parser = argparse.ArgumentParser()
@@ -211,7 +247,8 @@ def main() -> None:
     args, _ = parser.parse_known_args()
 
     async def serve() -> None:
-        server, _ = await start(FakeInference(), args.listen)
+        service = FakeInference()
+        server, _ = await start(service, FakeAdmin(service), args.listen)
         notify_ready()
         await server.wait_for_termination()
 

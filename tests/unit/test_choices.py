@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from scheduler_service.core.load import load_of
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.errors import DuplicateRequest, InvalidRequest, QueueFull
 from scheduler_service.ipc import Sampling
@@ -26,7 +27,7 @@ def test_choices_share_the_full_blocks_of_their_prompt(inflight: int):
     assert len(held) == 3
     assert held[0][:3] == held[1][:3] == held[2][:3]
     assert len({table[3] for table in held}) == 3, "the block that is being written is each one's own"
-    assert core.pool.load(0.0).used_blocks == 3 + 3
+    assert load_of(core.pool, 0.0).used_blocks == 3 + 3
     assert [request.cached_tokens for request in choices] == [0, 12, 12]
     assert core.pool.counters.prefill_tokens == 13 + 1 + 1
     core.run()
@@ -87,12 +88,12 @@ def test_cancelling_an_id_ends_the_choices_that_live_whatever_they_are_doing():
     states = {request.state for request in choices}
     assert states == {RequestState.RUNNING, RequestState.WAITING}
     core.pool.drop(choices[0])
-    living = core.pool.choices_of("mine")
+    living = core.pool.choices_of(("", "mine"))
     assert living == choices[1:]
     for request in living:
         core.pool.cancel(request, core.now)
-    assert not core.pool.choices_of("mine")
-    assert core.pool.choices_of("nobody") == []
+    assert not core.pool.choices_of(("", "mine"))
+    assert core.pool.choices_of(("", "nobody")) == []
     core.run()
     assert [core.reason(request) for request in choices] == [None, CANCELLED, CANCELLED, CANCELLED]
     assert core.streamed(other) == continuation(range(100, 108), 6)

@@ -13,7 +13,7 @@ import pytest
 from duet import gateway_process
 from duet.cli import gateway
 from duet.cli.main import main
-from servicekit.supervisor import Child
+from servicekit.child_process import Child
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, list[st
     started: list[Child] = []
 
     class FakeSupervisor:
-        def __init__(self, children: list[Child], on_ready: Callable[[], None]) -> None:
+        def __init__(self, children: list[Child], *, on_ready: Callable[[], None], hang_timeout_s: float) -> None:
             started.extend(children)
 
         def run(self, stop: threading.Event) -> int:
@@ -37,6 +37,12 @@ def children(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, list[st
         started.clear()
         assert main(["gateway", *argv]) == 0
         assert len({child.name for child in started}) == len(started)
+        for child in started:  # a scheduler drains, and what its streams need is there meanwhile
+            schedulers = [name for name in (other.name for other in started) if name.startswith("scheduler")]
+            if child.name == "gateway":
+                assert set(schedulers) <= set(child.stops_after)
+            elif child.name.startswith("executor"):
+                assert child.stops_after == [child.name.replace("executor", "scheduler")]
         return {child.name: list(child.argv[2:]) for child in started}
 
     return run

@@ -94,6 +94,14 @@ def test_options_of_the_request_are_sent(server: ServerThread) -> None:
     assert server.service.requests == [wanted]
 
 
+def test_a_detachable_request_is_asked_for_by_a_flag_or_a_line_of_json(server: ServerThread, tmp_path: Path) -> None:
+    assert main(["generate", "ab", "--address", server.address, "--detach-seconds", "2.5"]) == 0
+    (tmp_path / "in").write_text(json.dumps({"prompt": "ab", "detach_seconds": 2.5}))
+    assert main(["generate", "--input", str(tmp_path / "in"), "--address", server.address]) == 0
+    assert [request.detach_seconds for request in server.service.requests] == [2.5, 2.5]
+    assert len({request.request_id for request in server.service.requests} - {""}) == 2
+
+
 def test_one_prompt_is_printed_as_it_is_continued(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "ab", "--address", server.address, "--max-tokens", "3"]) == 0
     assert capsys.readouterr().out == "<195><196><197>\n"
@@ -169,6 +177,7 @@ def test_a_refused_prompt_of_several_ends_the_command(server: ServerThread, caps
         (["--input", "x", "--resume", "--overwrite"], "not allowed with"),
         (["ab", "--concurrency", "0"], "0 is not at least 1"),
         (["ab", "--timeout", "0"], "0 is not above 0"),
+        (["ab", "--detach-seconds", "0"], "0 is not above 0"),
         (["ab", "--logit-bias", "5"], "invalid biases value"),
         (["ab", "--grammar", "@/nowhere"], "No such file"),
         (["ab", "--stop-on-error"], "--stop-on-error needs --input"),

@@ -92,6 +92,8 @@ def test_lines_show_load_and_the_rates_since_the_update_before(
     assert printed.out.count("3 running of 64, 0 waiting") == 3
     assert printed.out.count("10 used, 20 cached, 70 free, of 100 x 64 tokens") == 3
     assert printed.out.count("25.0% of prompt tokens") == 3
+    assert printed.out.count("0 detached, 0 quarantined") == 3
+    assert printed.out.count("0 executors lost, self-checks: 0 passed\n") == 3
     rates = re.findall(r"(\d+) prefill, (\d+) decode", printed.out)
     assert rates == [("100", "10"), ("300", "30"), ("500", "50")]
     assert "\x1b" not in printed.out  # it is no terminal
@@ -111,6 +113,36 @@ def test_a_lost_server_is_told_once_and_watched_again_when_it_is_back(
         f"Duet 0 at {watched.address}, cuda, epoch 2, fcfs",
     ]
     assert re.findall(r"(\d+) prefill", printed.out) == ["500", "100", "300"]  # after the restart, since the start
+
+
+def troubled(*, failures: int) -> pb.GetServerResponse:
+    server = of_second(1)
+    server.draining = True
+    load = pb.Load(
+        detached_requests=4,
+        quarantined_requests=5,
+        idle_checks_total=12,
+        idle_check_failures_total=failures,
+        executor_losses_total=6,
+    )
+    server.load.MergeFrom(load)
+    return server
+
+
+def test_lines_show_draining_detached_and_quarantined_requests_losses_and_self_checks(
+    watched: ServerThread, stop_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop_after(3)
+    answer_with(watched, of_second(1), troubled(failures=0), troubled(failures=3))
+    assert main(["status", "--address", watched.address]) == 130
+    printed = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("Duet")] == [
+        f"Duet 0 at {watched.address}, cpu, 2 threads, epoch 1, fcfs",
+        f"Duet 0 at {watched.address}, cpu, 2 threads, epoch 1, fcfs, draining",
+    ]
+    assert printed.count("4 detached, 5 quarantined\n") == 2
+    assert "6 executors lost, self-checks: 12 passed\n" in printed
+    assert "6 executors lost, self-checks: 12 passed, 3 FAILED: see the server's log\n" in printed
 
 
 def test_json_is_one_snapshot_of_every_field(watched: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,9 +240,9 @@ def test_the_view_shows_queues_blocks_hits_and_rates() -> None:
     drawn = draw(Snapshot(of_second(4), MODEL), history)
     assert "Duet 0 at host:1" in drawn.splitlines()[0]
     assert row(drawn, "model") == ["tiny, LlamaForCausalLM, float32"]
-    assert row(drawn, "executor") == ["cpu, 2 threads", "epoch 1, up 0:00:04, fcfs"]
+    assert row(drawn, "executor") == ["cpu, 2 threads", "epoch 1, 0 lost, up 0:00:04, fcfs"]
     bar, *texts = row(drawn, "requests")
-    assert texts == ["3 running of 64, 0 waiting", "0 finished, 0 preemptions"]
+    assert texts == ["3 running of 64, 0 waiting", "0 finished, 0 preemptions", "0 detached, 0 quarantined"]
     assert bar == "██" + "░" * 38  # 3 of 64 are 1.9 of 40
     bar, *texts = row(drawn, "KV blocks")
     assert texts == ["10 used, 20 cached, 70 free", "of 100 x 64 tokens"]
@@ -249,6 +281,27 @@ def test_the_view_tells_whether_the_executor_is_there(device: str, ready: bool, 
     server.ready = ready
     drawn = draw(Snapshot(server, MODEL if device else None), History())
     assert row(drawn, "executor")[0] == shown
+
+
+@pytest.mark.parametrize(
+    ("failures", "shown", "style"),
+    [(0, "12 passed", None), (3, "12 passed, 3 FAILED: see the server's log", "31")],
+)
+def test_the_view_shows_a_self_check_that_failed_in_red(failures: int, shown: str, style: str | None) -> None:
+    snapshot = Snapshot(troubled(failures=failures), MODEL)
+    drawn = draw(snapshot, History())
+    assert row(drawn, "self-checks") == [shown]
+    assert row(drawn, "executor")[1] == "epoch 1, 6 lost, up 0:00:01, fcfs"
+    assert row(drawn, "requests")[-1] == "4 detached, 5 quarantined"
+    styled = next(line for line in draw(snapshot, History(), styles=True).splitlines() if "12 passed" in line)
+    assert (f"\x1b[{style}m{shown}" in styled) is (style is not None)
+
+
+def test_the_view_of_a_draining_server_says_so_and_is_yellow() -> None:
+    for server, border in ((of_second(1), "32"), (troubled(failures=0), "33")):
+        top = draw(Snapshot(server, MODEL), History(), styles=True).splitlines()[0]
+        assert top.startswith(f"\x1b[{border}m")
+        assert ("host:1, draining" in top) is server.draining
 
 
 def test_the_view_is_drawn_in_place_on_a_terminal(watched: ServerThread) -> None:

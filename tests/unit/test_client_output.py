@@ -8,7 +8,7 @@ import pytest
 
 import duet
 from duet import Client, Event, Logprob, Output, SamplingParams, StreamCut
-from duet.output import StreamOrder
+from duet.stream_order import StreamOrder
 from protos.duet.inference.v1 import inference_pb2 as pb
 from tests.unit.fake_inference import FakeInference, delta, finished, replay, started
 
@@ -20,7 +20,7 @@ FIRST, SECOND = delta(0, [1, 2]), delta(2, [3])
 
 def taken(responses: Sequence[pb.GenerateResponse], num_choices: int = 1) -> list[Event]:
     order = StreamOrder(num_choices)
-    events = [order.take(response) for response in responses]
+    events = [event for response in responses if (event := order.take(response)) is not None]
     order.end()
     return events
 

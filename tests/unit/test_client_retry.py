@@ -13,9 +13,9 @@ from google.protobuf.message import Message
 from google.rpc import error_details_pb2 as details
 
 import duet
-from duet import AsyncClient, Client, Retry, SamplingParams
+from duet import AsyncClient, Client, Retry, SamplingParams, retry
 from duet.errors import DuetError, InvalidRequest, QueueFull, Unavailable
-from duet.retry import Attempts
+from duet.retry import MAX_BREAKS, Attempts, Resumptions
 from protos.duet.inference.v1 import inference_pb2 as pb
 from tests.unit import fake_inference as fake
 from tests.unit.fake_inference import FakeInference, ServerThread
@@ -23,6 +23,7 @@ from tests.unit.fake_inference import FakeInference, ServerThread
 QUICK = Retry(max_attempts=3, first_delay_s=0.01, max_delay_s=0.02)
 INFO = details.ErrorInfo(reason="Why", domain="duet")
 PARAMS = SamplingParams(max_tokens=2)
+GONE = Unavailable("gone")
 
 
 def failing(times: int, code: grpc.StatusCode, *more: Message) -> fake.Script:
@@ -149,24 +150,24 @@ def test_a_server_that_comes_up_meanwhile_is_found() -> None:
 # --- the policy alone --------------------------------------------------------------------------------------------
 
 
-def delays(retry: Retry, make: Callable[[], DuetError], count: int) -> list[float | None]:
-    attempts = Attempts(retry, None)
+def delays(policy: Retry, make: Callable[[], DuetError], count: int) -> list[float | None]:
+    attempts = Attempts(policy, None)
     return [attempts.delay_s(make()) for _ in range(count)]
 
 
 def test_delays_double_up_to_the_most_and_are_shortened_at_random() -> None:
-    retry = Retry(max_attempts=100, first_delay_s=1.0, max_delay_s=10.0)
+    policy = Retry(max_attempts=100, first_delay_s=1.0, max_delay_s=10.0)
     for _ in range(50):
-        found = delays(retry, lambda: Unavailable("gone"), 90)
+        found = delays(policy, lambda: Unavailable("gone"), 90)
         for delay, whole in zip(found, [1, 2, 4, 8, *[10] * 86], strict=True):
             assert delay is not None
             assert whole / 2 <= delay <= whole
-    assert len({delays(retry, lambda: Unavailable("gone"), 1)[0] for _ in range(20)}) > 10
+    assert len({delays(policy, lambda: Unavailable("gone"), 1)[0] for _ in range(20)}) > 10
 
 
 def test_a_delay_named_by_the_server_is_never_shortened_and_grows_by_no_more_than_a_quarter() -> None:
-    retry = Retry(max_attempts=1000, first_delay_s=100.0, max_delay_s=100.0)
-    found = delays(retry, lambda: QueueFull("full", retry_after_s=2.0), 500)
+    policy = Retry(max_attempts=1000, first_delay_s=100.0, max_delay_s=100.0)
+    found = delays(policy, lambda: QueueFull("full", retry_after_s=2.0), 500)
     assert all(delay is not None and 2.0 <= delay <= 2.5 for delay in found)
     assert len(set(found)) > 100
 
@@ -182,3 +183,76 @@ def test_a_full_queue_may_be_waited_for_without_end() -> None:
 
 def test_one_attempt_is_one_attempt() -> None:
     assert delays(Retry(max_attempts=1), lambda: Unavailable("gone"), 1) == [None]
+
+
+# --- resuming ----------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Stands still but for what a test adds to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = 1000.0
+        monkeypatch.setattr(retry.time, "monotonic", lambda: self.now_s)
+
+    def fail(self, resumptions: Resumptions, times: int, error: DuetError = GONE) -> list[float | None]:
+        """So many attempts that fail at once, each after the delay of the one before."""
+        delays: list[float | None] = []
+        for _ in range(times):
+            delays.append(resumptions.delay_s(error))
+            self.now_s += delays[-1] or 0.0
+        return delays
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_resuming_begins_soon_and_is_tried_about_every_second(clock: Clock) -> None:
+    found = clock.fail(Resumptions(3600, None, None), 50)
+    for delay, whole in zip(found, [0.1, 0.2, 0.4, 0.8, *[1.0] * 46], strict=True):
+        assert delay is not None
+        assert whole / 2 <= delay <= whole
+    named = clock.fail(Resumptions(3600, None, None), 1, Unavailable("gone", retry_after_s=3.0))[0]
+    assert named is not None
+    assert 3.0 <= named <= 3.75
+
+
+def test_resuming_lasts_as_long_as_the_silence_may_and_anything_that_is_said_ends_that(clock: Clock) -> None:
+    resumptions = Resumptions(10, None, None)
+    clock.now_s += 1000  # in a queue: the connection was there
+    for _ in range(3):
+        begin_s = clock.now_s
+        while clock.now_s < begin_s + 8:
+            assert clock.fail(resumptions, 1) != [None]
+        resumptions.hear(is_new=False)
+        clock.now_s += 1000
+    begin_s = clock.now_s
+    while resumptions.delay_s(GONE) is not None:
+        clock.now_s += 0.5
+    assert 8 <= clock.now_s - begin_s <= 10
+
+
+def test_news_make_resuming_quick_again_and_repeats_do_not(clock: Clock) -> None:
+    resumptions = Resumptions(3600, None, None)
+    clock.fail(resumptions, 9)
+    resumptions.hear(is_new=False)
+    assert (clock.fail(resumptions, 1)[0] or 0.0) >= 0.5
+    resumptions.hear(is_new=True)
+    assert (clock.fail(resumptions, 1)[0] or 1.0) <= 0.1
+
+
+def test_resuming_ends_after_some_breaks_without_news_but_not_after_mere_silence(clock: Clock) -> None:
+    resumptions = Resumptions(3600, None, None)
+    for _ in range(MAX_BREAKS - 1):
+        resumptions.hear(is_new=False)
+        assert None not in clock.fail(resumptions, 5)
+    resumptions.hear(is_new=False)
+    assert clock.fail(resumptions, 1) == [None]
+
+
+def test_resuming_keeps_to_the_timeout(clock: Clock) -> None:
+    resumptions = Resumptions(3600, None, 1.0)
+    clock.fail(resumptions, 100)
+    assert 1000.5 < clock.now_s < 1001

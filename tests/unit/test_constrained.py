@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from scheduler_service.core.load import load_of
 from scheduler_service.core.masks import give_mask, refuse
 from scheduler_service.core.request import Request, RequestState
+from scheduler_service.core.resumption import leave_all
 from scheduler_service.core.step_plan import StepPlan
 from scheduler_service.errors import QueueFull
 from scheduler_service.ipc import Sampling
@@ -90,7 +92,7 @@ def test_a_constrained_request_waits_for_its_grammar_and_others_pass_it():
     core = Core()
     first, second = submit(core, 0, 3), core.submit(prompt(100), 3)
     assert first.state is RequestState.COMPILING
-    assert core.pool.load(0.0).waiting_requests == 2
+    assert load_of(core.pool, 0.0).waiting_requests == 2
     core.step()
     assert (core.streamed(second), core.streamed(first)) == (continuation(prompt(100), 1), [])
     answer(core)
@@ -132,7 +134,7 @@ def test_a_request_may_end_while_it_compiles(how: str):
         case "drop":
             core.pool.drop(request)
         case "front end":
-            core.pool.drop_all_of(core.outbox)
+            leave_all(core.pool, core.outbox)
         case "loss":
             core.pool.end_epoch()
             core.begin_epoch()

@@ -226,7 +226,7 @@ async def test_cancelling_an_id_ends_its_choices_and_abandoning_a_stream_ends_on
     frontend.submit(1, range(10), 7, streams=[1, 2, 3], request_id="kept")
     frontend.submit(4, range(10), 7, streams=[4, 5, 6], request_id="cancelled")
     frontend.send(Abandon(2))
-    frontend.send(Cancel(9, "cancelled"))
+    frontend.send(Cancel(9, "", "cancelled"))
     await frontend.until(lambda: len(frontend.ends) == 3)
     assert frontend.replies == [CancelReply(9, True)]
     assert [frontend.finish_reason(stream) for stream in (4, 5, 6)] == [CANCELLED] * 3
@@ -237,7 +237,7 @@ async def test_cancelling_an_id_ends_its_choices_and_abandoning_a_stream_ends_on
     await frontend.until(lambda: 3 in frontend.ends and 1 in frontend.ends)
     assert frontend.tokens[3] == continuation(range(10), 7, choice_index=2)
     assert 2 not in frontend.ends
-    frontend.send(Cancel(10, "kept"))
+    frontend.send(Cancel(10, "", "kept"))
     await frontend.until(lambda: len(frontend.replies) == 2)
     assert frontend.replies[-1] == CancelReply(10, False)
 
@@ -308,8 +308,8 @@ async def test_any_front_end_can_cancel_a_request_by_its_id(setting: Setting):
     owner.submit(1, range(10), 100)
     owner.send(LoadQuery(1))
     await owner.until(lambda: owner.replies)
-    other.send(Cancel(7, "request-1"))
-    other.send(Cancel(8, "nobody"))
+    other.send(Cancel(7, "", "request-1"))
+    other.send(Cancel(8, "", "nobody"))
     await other.until(lambda: len(other.replies) == 2)
     assert other.replies == [CancelReply(7, True), CancelReply(8, False)]
     await owner.until(lambda: owner.ends)

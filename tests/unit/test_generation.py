@@ -29,22 +29,24 @@ class Core:
         self.was_told = asyncio.Event()
         self.stopped: list[int] = []
         self.closed: list[int] = []
+        self.detached: list[int] = []
+        self.status = ipc.EngineStatus(True, 1, "fcfs", MODEL)
 
     async def wait_for_model(self, timeout_s: float) -> ipc.ModelInfo:
         return MODEL
 
-    def open_streams(self, count: int, news: asyncio.Event) -> list[TokenStream]:
+    def new_streams(self, count: int, news: asyncio.Event) -> list[TokenStream]:
         self.streams = [TokenStream(number, news) for number in range(count)]
         return self.streams
 
-    async def send(self, message: ipc.FrontendMessage) -> None:
+    async def submit(self, submit: ipc.Submit, streams: list[TokenStream], model: ipc.ModelInfo) -> None:
         self.was_told.set()
 
     def stop_stream(self, stream: TokenStream) -> None:
         self.stopped.append(stream.number)
 
-    def close_stream(self, stream: TokenStream) -> None:
-        self.closed.append(stream.number)
+    def close_streams(self, streams: list[TokenStream], *, detach: bool) -> None:
+        (self.detached if detach else self.closed).extend(stream.number for stream in streams)
 
 
 @pytest.fixture
@@ -111,6 +113,16 @@ async def test_closing_the_generator_closes_every_stream(generator: Generator, c
     assert core.closed == [0, 1]
 
 
+async def test_closing_the_generator_of_a_request_with_detach_seconds_leaves_its_streams_to_the_next_client(
+    generator: Generator, core: Core
+) -> None:
+    events, first = await begin(generator, core, request_id="mine", detach_seconds=5)
+    core.streams[0].push(WORDS[0])
+    await first
+    await events.aclose()
+    assert (core.closed, core.detached) == ([], [0])
+
+
 async def test_a_caller_that_is_cancelled_while_it_waits_closes_every_stream(generator: Generator, core: Core) -> None:
     _, first = await begin(generator, core)
     first.cancel()
@@ -122,10 +134,10 @@ async def test_a_caller_that_is_cancelled_while_it_waits_closes_every_stream(gen
 async def test_streams_are_closed_where_the_core_cannot_be_told(
     generator: Generator, core: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def lost(message: ipc.FrontendMessage) -> None:
+    async def lost(*_: object) -> None:
         raise ExecutorUnavailable("gone")
 
-    monkeypatch.setattr(core, "send", lost)
+    monkeypatch.setattr(core, "submit", lost)
     with pytest.raises(ExecutorUnavailable):
         await anext(generator.events(pb.GenerateRequest(text="the fox"), time_remaining_s=None))
     assert core.closed == [0]

@@ -129,7 +129,7 @@ async def test_cancel_and_deadline_hold_while_a_grammar_compiles_and_others_run(
     frontend.submit(1, range(20), 150)
     submit(frontend, 2, HOSTILE)
     submit(frontend, 3, HOSTILE, deadline=asyncio.get_running_loop().time() + 0.1)
-    frontend.send(Cancel(1, "request-2"))
+    frontend.send(Cancel(1, "", "request-2"))
     await frontend.until(lambda: {1, 2, 3} <= frontend.ends.keys())
     assert frontend.finish_reason(2) == CANCELLED
     assert frontend.error(3) == ("DEADLINE_EXCEEDED", "DeadlineExceeded")

@@ -4,8 +4,10 @@ import dataclasses
 
 import pytest
 
+from scheduler_service.core.load import load_of
 from scheduler_service.core.outbox import Outbox
 from scheduler_service.core.request import RequestState
+from scheduler_service.core.resumption import leave_all
 from scheduler_service.errors import DuplicateRequest, QueueFull
 from tests.unit.core_harness import LENGTH, LIMITS, Core, continuation, new_request
 
@@ -32,7 +34,7 @@ def test_a_full_queue_refuses_with_a_delay_and_takes_the_next_once_there_is_room
         core.submit(range(4), 3, request_id="refused")
     assert refusal.value.retry_after_s is not None
     assert refusal.value.retry_after_s > 0
-    assert not core.pool.choices_of("refused")
+    assert not core.pool.choices_of(("", "refused"))
     while core.reason(first) is None:
         core.step()
     core.send()
@@ -93,7 +95,7 @@ def test_dropping_a_front_end_ends_its_requests_and_no_others():
     for request in lost:
         core.pool.submit(request)
     core.step()
-    core.pool.drop_all_of(gone)
+    leave_all(core.pool, gone)
     assert all(request.state is RequestState.FINISHED for request in lost)
     core.run()
     assert core.streamed(kept) == continuation(range(100, 108), 9)
@@ -120,7 +122,7 @@ def test_the_counters_add_up():
     for _ in range(2):
         core.submit(range(10), 5)
         core.run()
-    load = core.pool.load(1.0)
+    load = load_of(core.pool, 1.0)
     assert (load.prompt_tokens_total, load.cached_tokens_total, load.prefill_tokens_total) == (20, 8, 12)
     assert (load.output_tokens_total, load.finished_requests_total, load.steps_total) == (10, 2, 10)
     assert (load.used_blocks, load.total_blocks, load.block_size) == (0, 64, 4)

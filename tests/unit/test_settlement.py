@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from scheduler_service.core.load import load_of
 from scheduler_service.core.request import Request, RequestState
 from scheduler_service.core.settlement import apply_result
 from scheduler_service.core.step_plan import decode_result
@@ -17,7 +18,7 @@ def prompt(start: int, length: int = 8) -> list[int]:
 def assert_idle(core: Core) -> None:
     """Nothing is alive and every block is back."""
     core.run()
-    load = core.pool.load(0.0)
+    load = load_of(core.pool, 0.0)
     assert (load.waiting_requests, load.running_requests, load.used_blocks) == (0, 0, 0)
 
 

@@ -8,7 +8,7 @@ from scheduler_service import ipc
 from scheduler_service.errors import QueueFull
 from scheduler_service.frontend.streams import TokenStream
 
-STARTED = ipc.Started(stream=1, prompt_tokens=3, cached_tokens=0, queue_time_ns=5)
+STARTED = ipc.Started(stream=1, prompt_tokens=3, cached_tokens=0, queue_time_ns=5, seed=6)
 FINISHED = ipc.Finished(1, 2, None, 3, 0, 4, 0, 0)
 
 

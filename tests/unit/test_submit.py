@@ -23,6 +23,7 @@ def build(accepted: pb.GenerateRequest, token_ids: list[int], **changes: Any) ->
         "arrival": 1.5,
         "deadline": None,
         "constraint": None,
+        "tenant": "",
     }
     return build_submit(accepted, token_ids, **arguments | changes)
 

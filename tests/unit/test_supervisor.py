@@ -1,119 +1,35 @@
 """The supervisor, with real processes: tiny Python children that write their process id to a file."""
 
-import contextlib
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from servicekit import supervisor as supervisor_module
-from servicekit.supervisor import EXIT_GAVE_UP, Child, Supervisor
-
-ROOT = Path(__file__).parents[2]
-ENV = {"PYTHONPATH": str(ROOT)}
-
-REPORT = """
-import os, sys, time
-from servicekit.supervisor import bind_to_parent, notify_ready
-bind_to_parent()
-with open(sys.argv[1], "a") as file:
-    file.write(f"{os.getpid()}\\n")
-"""
-READY = REPORT + "notify_ready(); time.sleep(600)"
-NEVER_READY = REPORT + "time.sleep(600)"
-STILLBORN = REPORT + "sys.exit(1)"
-HOPELESS = REPORT + "sys.exit(2)"
-DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)" + READY
-PARENT = """
-import sys, threading
-from servicekit.supervisor import Child, Supervisor
-child = Child("child", [sys.executable, "-c", sys.argv[2], sys.argv[1]])
-Supervisor([child]).run(threading.Event())
-"""
-SERVICE = """
-import sys
-from servicekit.supervisor import Child, supervise
-sys.exit(supervise("service", [Child("child", [sys.executable, "-c", sys.argv[2], sys.argv[1]])]))
-"""
-
-
-@dataclasses.dataclass
-class Run:
-    """A supervisor at work in a thread."""
-
-    stop: threading.Event
-    thread: threading.Thread
-    status: list[int]
-    ready: list[int]
-
-    def end(self) -> int:
-        self.stop.set()
-        return self.join()
-
-    def join(self) -> int:
-        self.thread.join(30)
-        return self.status[0]
-
-
-def child(script: str, report: Path, name: str = "child") -> Child:
-    return Child(name, [sys.executable, "-c", script, str(report)], ENV)
-
-
-@contextlib.contextmanager
-def supervising(
-    *children: Child, together: bool = False, grace_s: float = 10.0, stable_s: float = 2.0
-) -> Iterator[Run]:
-    stop, status, ready = threading.Event(), [], []
-    supervisor = Supervisor(
-        children,
-        together=together,
-        on_ready=lambda: ready.append(1),
-        first_backoff_s=0.01,
-        grace_s=grace_s,
-        stable_s=stable_s,
-    )
-    thread = threading.Thread(target=lambda: status.append(supervisor.run(stop)))
-    thread.start()
-    try:
-        yield Run(stop, thread, status, ready)
-    finally:
-        stop.set()
-        thread.join(30)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def pids(report: Path) -> list[int]:
-    """Ids of the processes that were started so far."""
-    return [int(line) for line in report.read_text().splitlines()] if report.exists() else []
-
-
-def exists(pid: int) -> bool:
-    """Whether the process still is one; a zombie counts as gone only once it is reaped."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def runs(pid: int) -> bool:
-    """Like `exists`, for orphans, which whoever inherits them may leave as zombies."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
+from servicekit.child_process import Child
+from servicekit.supervisor import EXIT_GAVE_UP
+from tests.unit.supervisor_harness import (
+    BEATING,
+    DEAF,
+    ENV,
+    HOPELESS,
+    NEVER_READY,
+    PARENT,
+    READY,
+    REPORT,
+    SERVICE,
+    STILLBORN,
+    child,
+    exists,
+    pids,
+    runs,
+    supervising,
+    until,
+)
 
 
 @pytest.fixture
@@ -138,7 +54,7 @@ def test_readiness_is_announced_once_when_every_child_is_ready(report: Path, tmp
 
 def test_ready_child_that_is_killed_is_restarted_and_its_sister_left_alone(report: Path, tmp_path: Path) -> None:
     sister = tmp_path / "sister"
-    ready_first = "from servicekit.supervisor import notify_ready; notify_ready()" + READY
+    ready_first = "from servicekit.lifeline import notify_ready; notify_ready()" + READY
     with supervising(child(ready_first, report, "a"), child(READY, sister, "b"), stable_s=0.0) as run:
         until(lambda: bool(run.ready) and len(pids(report)) == 1)
         for killed in range(1, 8):  # more often than starts may fail: a stable child resets the count
@@ -249,8 +165,8 @@ def test_a_service_passes_on_that_its_child_cannot_be_helped(report: Path) -> No
     assert len(pids(report)) == 5  # and not five times five
 
 
-def test_program_that_was_started_by_hand_runs_without_a_supervisor(report: Path) -> None:
-    script = REPORT + "notify_ready(); notify_ready()"
+@pytest.mark.parametrize("script", [REPORT + "notify_ready(); notify_ready()", REPORT + BEATING.format("return")])
+def test_program_that_was_started_by_hand_runs_without_a_supervisor(report: Path, script: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("DUET_")}
     subprocess.run([sys.executable, "-c", script, str(report)], env={**environment, **ENV}, check=True, timeout=60)
     assert len(pids(report)) == 1
@@ -286,7 +202,7 @@ def test_the_end_of_one_child_ends_the_others_at_once_and_all_are_started_again(
         os.kill(firsts[victim], signal.SIGKILL)
         until(lambda: all(len(pids(report)) == 2 for report in reports))
         assert not any(exists(pid) for pid in firsts)
-        run.stop.set()
+        run.stop.ask(at_once=True)
         for report in reports:
             os.kill(pids(report)[1], signal.SIGKILL)
 

@@ -15,9 +15,11 @@ if TYPE_CHECKING:
         DuplicateRequest,
         InternalError,
         InvalidRequest,
+        NotAdmitted,
         QueueFull,
         StartFailed,
         StreamCut,
+        Superseded,
         Unavailable,
         UnknownRequest,
     )
@@ -39,6 +41,7 @@ __all__ = [
     "InternalError",
     "InvalidRequest",
     "Logprob",
+    "NotAdmitted",
     "Output",
     "Prompt",
     "QueueFull",
@@ -47,6 +50,7 @@ __all__ = [
     "StartFailed",
     "StreamCut",
     "StructuredOutputsParams",
+    "Superseded",
     "Unavailable",
     "UnknownRequest",
 ]

@@ -4,15 +4,18 @@ DuetError                  `code` is the gRPC status, None where no server was i
 ├── InvalidRequest         INVALID_ARGUMENT     do not retry; `field` names the field where there is one
 ├── DuplicateRequest       ALREADY_EXISTS       the request id is in use
 ├── UnknownRequest         NOT_FOUND            no such request is alive
+├── NotAdmitted            PERMISSION_DENIED    the server takes this call from operators only
 ├── QueueFull              RESOURCE_EXHAUSTED   retry after `retry_after_s`
 ├── Unavailable            UNAVAILABLE          nothing listens there, or the server has no executor
+├── Superseded             ABORTED              the request was resumed elsewhere, and goes on there
 ├── DeadlineExceeded       DEADLINE_EXCEEDED    `timeout_s` passed
 ├── InternalError          any other status     report it; the message holds an id that is in the server's log
 ├── StreamCut                                   a stream ended early or lost tokens
 └── StartFailed                                 LLM could not start the services; the message ends with their log
 
 RESOURCE_EXHAUSTED without ErrorInfo is gRPC's own refusal of a message that is too large: InvalidRequest.
-Streams raise QueueFull and Unavailable after the attempts of the client's Retry.
+Streams raise QueueFull and Unavailable after the attempts of the client's Retry; with `detach_seconds` these, StreamCut
+and broken connections only where resuming has not helped.
 """
 
 from collections.abc import Sequence
@@ -65,6 +68,12 @@ class UnknownRequest(DuetError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class NotAdmitted(DuetError):
+    """The call is for operators: from the server's own machine, or with its admin secret."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
 class QueueFull(DuetError):
     """The server's waiting queue is at its limit."""
 
@@ -75,6 +84,12 @@ class Unavailable(DuetError):
     """Nothing listens at the address, or the server has no executor."""
 
     code = grpc.StatusCode.UNAVAILABLE
+
+
+class Superseded(DuetError):
+    """The request was resumed elsewhere, and goes on there."""
+
+    code = grpc.StatusCode.ABORTED
 
 
 class DeadlineExceeded(DuetError):
@@ -99,7 +114,16 @@ class StartFailed(DuetError):
 
 _BY_CODE: dict[grpc.StatusCode | None, type[DuetError]] = {
     kind.code: kind
-    for kind in (InvalidRequest, DuplicateRequest, UnknownRequest, QueueFull, Unavailable, DeadlineExceeded)
+    for kind in (
+        InvalidRequest,
+        DuplicateRequest,
+        UnknownRequest,
+        NotAdmitted,
+        QueueFull,
+        Unavailable,
+        Superseded,
+        DeadlineExceeded,
+    )
 }
 
 

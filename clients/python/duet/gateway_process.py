@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.request
 
-from servicekit.supervisor import bind_to_parent, notify_ready
+from servicekit.lifeline import bind_to_parent, notify_ready
 
 _POLL_S = 0.1
 _TIMEOUT_S = 5.0

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from duet.client import AsyncClient
 from duet.launch import LocalServer, to_flags
 from duet.output import Event, Output
-from duet.params import SamplingParams
+from duet.params import Options, SamplingParams
 from duet.progress import Progress
 from duet.request import Prompt
 from duet.retry import Retry
@@ -54,13 +54,15 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        detach_seconds: float | None = None,
     ) -> list[dict[str, Any]]:
         """Continue every prompt: strings, or lists of token ids.
 
         One SamplingParams counts for all prompts, a list holds one for each. Returns a dict for each prompt, in
         order, of the fields of duet.Output: `text`, `token_ids`, `finish_reason`, `prompt_tokens` and so on, and with
         n > 1 `choices`, a list of dicts of the fields of duet.Choice. The first error ends all of the call's requests
-        and is raised.
+        and is raised; with `detach_seconds` requests outlive a lost connection for that long: see duet.Client.
         """
         batch = _as_batch(prompts)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
@@ -69,8 +71,9 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(batch):
             raise ValueError(f"{len(batch)} prompts, but {len(params)} sampling params")
+        options = Options(detach_seconds=detach_seconds) if detach_seconds is not None else Options()
         with tqdm(total=len(batch), desc="Generating", disable=not use_tqdm, dynamic_ncols=True) as bar:
-            outputs = self._run(self._generate_all(batch, params, Progress(bar)))
+            outputs = self._run(self._generate_all(batch, params, options, Progress(bar)))
         return [output.as_dict() for output in outputs]
 
     def close(self) -> None:
@@ -102,14 +105,18 @@ class LLM:
             raise
 
     async def _generate_all(
-        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams | None], progress: Progress
+        self,
+        prompts: Sequence[Prompt],
+        params: Sequence[SamplingParams | None],
+        options: Options,
+        progress: Progress,
     ) -> list[Output]:
         limit = asyncio.Semaphore(_MAX_STREAMS)
 
         async def generate(prompt: Prompt, prompt_params: SamplingParams | None) -> Output:
             async with limit:
                 events: list[Event] = []
-                async for event in client.stream(prompt, prompt_params):
+                async for event in client.stream(prompt, prompt_params, **options):
                     events.append(event)
                     progress.count(event)
             progress.count_finished()

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from duet.errors import StreamCut
 from protos.duet.inference.v1 import inference_pb2 as pb
 
 # One event of a stream: first Started, then Prompt where it was asked for, TokenDelta, last Finished; with n > 1 the
@@ -42,7 +41,7 @@ class Choice:
     output_tokens: int
     cached_tokens: int  # tokens of the prompt found in the prefix cache
     preemptions: int
-    recoveries: int  # executors lost and outlived
+    recoveries: int  # executors and scheduler cores lost and outlived
     queue_time_s: float
     time_to_first_token_s: float | None  # None: there was no token
 
@@ -95,51 +94,6 @@ class Output(Choice):
         if len(self.choices) == 1:
             del fields["choices"]
         return fields
-
-
-class StreamOrder:
-    """Watches a stream of `num_choices` continuations.
-
-    `started` is first, `prompt` may follow; then the offsets of each choice follow on until it ends; all of them end.
-    """
-
-    def __init__(self, num_choices: int = 1) -> None:
-        self._last: str | None = None  # kind of the event before
-        self._next_offsets = dict.fromkeys(range(num_choices), 0)  # of choices that have not ended
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether an event was taken."""
-        return self._last is not None
-
-    def take(self, response: pb.GenerateResponse) -> Event:
-        """The event of the next message. Raises: StreamCut where it does not follow the one before."""
-        kind = response.WhichOneof("event")
-        last, self._last = self._last, kind or "nothing"
-        if kind == "delta" and last is not None:
-            return self._take_delta(response.delta)
-        if kind == "started" and last is None:
-            return response.started
-        if kind == "prompt" and last == "started":
-            return response.prompt
-        if kind == "finished" and last is not None:
-            if self._next_offsets.pop(response.finished.index, None) is not None:
-                return response.finished
-        raise StreamCut(f"the server sent {self._last} out of order")
-
-    def end(self) -> None:
-        """The server closed the stream. Raises: StreamCut before every choice has ended."""
-        for index, offset in self._next_offsets.items():
-            raise StreamCut(f"the stream ended after {offset} tokens of choice {index} without saying why")
-
-    def _take_delta(self, delta: pb.TokenDelta) -> pb.TokenDelta:
-        due = self._next_offsets.get(delta.index)
-        if due is None:
-            raise StreamCut(f"the server sent tokens of choice {delta.index} out of order")
-        if delta.offset != due:
-            raise StreamCut(f"tokens from {due} were due, those from {delta.offset} came")
-        self._next_offsets[delta.index] = due + len(delta.token_ids)
-        return delta
 
 
 def _choice(deltas: list[pb.TokenDelta], finished: pb.Finished) -> Choice:

@@ -53,3 +53,4 @@ class Options(TypedDict, total=False):
     priority: int
     cache_salt: str
     echo: bool
+    detach_seconds: float  # with it, a stream that breaks is resumed: see Client

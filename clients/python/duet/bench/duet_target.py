@@ -15,9 +15,9 @@ from duet.bench.scenarios import Request
 from duet.cli.status import to_dict
 from duet.client import Client
 from duet.errors import StreamCut, from_rpc
-from duet.output import StreamOrder
 from duet.params import SamplingParams
 from duet.request import build_request
+from duet.stream_order import StreamOrder
 from protos.duet.inference.v1 import inference_pb2 as pb
 from protos.duet.inference.v1.inference_pb2_grpc import InferenceServiceStub
 

@@ -56,6 +56,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--model", metavar="NAME", help="refuse to talk with another model than this one")
     group.add_argument("--priority", type=int, metavar="N", help="lower ones are served first, where the server ranks")
     group.add_argument("--cache-salt", metavar="TEXT", help="share cached prefixes only with requests of the same salt")
+    group.add_argument(
+        "--detach-seconds", type=seconds, metavar="S", help="outlive lost connections for so long, and go on after them"
+    )
 
 
 def request_options(args: argparse.Namespace) -> Options:
@@ -67,6 +70,8 @@ def request_options(args: argparse.Namespace) -> Options:
         options["priority"] = args.priority
     if args.cache_salt is not None:
         options["cache_salt"] = args.cache_salt
+    if args.detach_seconds is not None:
+        options["detach_seconds"] = args.detach_seconds
     return options
 
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from duet.cli.exit_status import CommandFailed
 from duet.cli.serve import client_address
 from duet.client import DEFAULT_ADDRESS
-from duet.launch import service_children
+from duet.launch import hang_timeout_s, service_children
+from servicekit.child_process import Child
+from servicekit.lifeline import bind_to_parent
 from servicekit.logs import log_to_stderr
-from servicekit.supervisor import Child, Supervisor, bind_to_parent, stop_on_signals
+from servicekit.supervisor import Supervisor, stop_on_signals
 
 _DEFAULT_HTTP = "127.0.0.1:8000"
 # A server that was restarted gets requests again after seconds, where SMG's own defaults take minutes.
@@ -90,7 +92,10 @@ def run(args: argparse.Namespace) -> int:
         example = f"curl http://{client_address(args.http)}/v1/models"
         print(f"\nReady at http://{args.http}/v1. Try this in another terminal:\n\n  {example}\n", flush=True)
 
-    return 1 if Supervisor([*services, gateway], on_ready=announce).run(stop) else 0
+    # Streams that drain come through the gateway.
+    gateway = dataclasses.replace(gateway, stops_after=[service.name for service in services])
+    supervisor = Supervisor([*services, gateway], on_ready=announce, hang_timeout_s=hang_timeout_s(args.rest))
+    return 1 if supervisor.run(stop) else 0
 
 
 def gateway_child(http: str, servers: Sequence[str], *, metrics: str | None = None, flags: Sequence[str] = ()) -> Child:
@@ -125,7 +130,14 @@ def _replica(args: argparse.Namespace, index: int) -> list[Child]:
         flags += ["--num-threads", str(max(1, num_cores // args.replicas))]
     listen, executor_listen = _shifted(args.listen, 2 * index), _shifted(args.executor_listen, 2 * index)
     children = service_children(args.model, listen, executor_listen, flags)
-    return [dataclasses.replace(child, name=f"{child.name} {index + 1}") for child in children]
+    return [_renamed(child, f" {index + 1}") for child in children]
+
+
+def _renamed(child: Child, suffix: str) -> Child:
+    """The child with `suffix` after its name and those of its sisters."""
+    return dataclasses.replace(
+        child, name=child.name + suffix, stops_after=[name + suffix for name in child.stops_after]
+    )
 
 
 def _address(text: str) -> str:

@@ -24,7 +24,8 @@ from protos.duet.inference.v1 import inference_pb2 as pb
 
 _EPILOG = """\
 A line of --input is a JSON object: "prompt", which is a text, a list of token ids or a list of messages; "id", which
-comes back; and any field of SamplingParams, model, priority, cache_salt and echo, each in place of the flag's value.
+comes back; and any field of SamplingParams, model, priority, cache_salt, detach_seconds and echo, each in place of the
+flag's value.
 Output has an object for each, in the same order: "index", counted from 0; "id"; "text", "token_ids", "finish_reason"
 and so on, or "error"; "input_digest", by which --resume knows the line. Blank lines do not count.
 """

@@ -19,7 +19,10 @@ COMMANDS = {
     "model": "describe the served model",
     "bench": "measure a running server",
     "serve": "start a server on this machine",
+    "drain": "have the server finish what it has and take nothing new",
     "gateway": "serve OpenAI's HTTP API",
+    "record": "record what a scheduler and its executor say",
+    "replay": "run a recording again, and compare",
     "completion": "print what completes these commands in a shell",
 }
 _FORWARDING = {"serve", "gateway"}  # pass on to the services what they do not know

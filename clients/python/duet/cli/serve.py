@@ -7,16 +7,20 @@ import sys
 import threading
 
 from duet.client import DEFAULT_ADDRESS
-from duet.launch import service_children, wait_for_session
+from duet.launch import hang_timeout_s, service_children, wait_for_session
+from servicekit.lifeline import bind_to_parent
 from servicekit.logs import log_to_stderr
-from servicekit.supervisor import Supervisor, bind_to_parent, stop_on_signals
+from servicekit.supervisor import Supervisor, stop_on_signals
 
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]", "*": "127.0.0.1"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's flags."""
-    parser.description = "Start the scheduler service and the executor service, restart what dies, stop both on Ctrl-C."
+    parser.description = (
+        "Start the scheduler service and the executor service, restart what dies or hangs, and stop both: at once on "
+        "Ctrl-C, on SIGTERM once streams have ended or --drain-s is over."
+    )
     parser.epilog = (
         "Further flags are passed on: see `python -m scheduler_service --help` and `python -m executor_service --help`."
     )
@@ -25,22 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--executor-listen", default="127.0.0.1:50052", metavar="HOST:PORT", help="of the executor (%(default)s)"
     )
+    parser.add_argument(
+        "--record", metavar="FILE", help="record what the two services say to each other, for `duet replay`"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Supervise both services until Ctrl-C or SIGTERM."""
+    """Supervise both services until Ctrl-C, or until SIGTERM and the end of the streams."""
     bind_to_parent()
     log_to_stderr("duet")
     stop = stop_on_signals()
     address = client_address(args.listen)
 
     def announce() -> None:
-        if wait_for_session(address, stop):
+        if wait_for_session(address, lambda: stop.asked):
             print(f"\nReady at {args.listen}. Try this in another terminal:\n\n  {_example(address)}\n", flush=True)
 
     supervisor = Supervisor(
-        service_children(args.model, args.listen, args.executor_listen, args.rest),
+        service_children(args.model, args.listen, args.executor_listen, args.rest, record=args.record),
         on_ready=lambda: threading.Thread(target=announce, daemon=True).start(),
+        hang_timeout_s=hang_timeout_s(args.rest),
     )
     return 1 if supervisor.run(stop) else 0
 

@@ -14,7 +14,7 @@ from duet.cli.exit_status import DONE
 from duet.cli.flags import add_address, seconds
 from duet.cli.messages import to_dict
 from duet.cli.status_history import History, Rates, Snapshot
-from duet.cli.status_view import view
+from duet.cli.status_view import self_checks, view
 from duet.client import Client
 from duet.errors import DuetError
 
@@ -51,10 +51,12 @@ def load_lines(snapshot: Snapshot, rates: Rates) -> list[str]:
     return [
         f"requests  {load.running_requests} running of {load.max_running_requests}, {load.waiting_requests} waiting, "
         f"{load.finished_requests_total} finished, {load.preemptions_total} preemptions",
+        f"          {load.detached_requests} detached, {load.quarantined_requests} quarantined",
         f"KV blocks {load.used_blocks} used, {load.cached_blocks} cached, {free_blocks} free, "
         f"of {load.total_blocks} x {load.block_size} tokens",
         f"prefix    {hit_rate:.1%} of prompt tokens found in the cache",
         f"tokens/s  {rates.prefill_tokens:.0f} prefill, {rates.decode_tokens:.0f} decode",
+        f"health    {load.executor_losses_total} executors lost, self-checks: {self_checks(load)}",
     ]
 
 
@@ -109,6 +111,7 @@ class _Lines:
         server = snapshot.server
         device = f"{server.device}, epoch {server.epoch}" if server.device else "no executor yet"
         head = f"Duet {server.version} at {self._args.address}, {device}, {server.queue_order}"
+        head += ", draining" * server.draining
         if head != self._head:
             print(head)
             self._head = head

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from duet.cli.status_history import History, Rates, Snapshot
 from duet.errors import DuetError
+from protos.duet.inference.v1 import inference_pb2 as pb
 
 _BAR_CELLS = 40
 _LEVELS = "▁▂▃▄▅▆▇█"
@@ -25,10 +26,11 @@ def view(address: str, snapshot: Snapshot, rates: Rates, history: History, lost:
     rows.add_row("model", f"{model.name}, {model.architecture}, {model.dtype}" if model else "none yet")
     device = server.device or "none yet"
     rows.add_row("executor", device if server.ready or not server.device else f"{device}, not connected")
-    rows.add_row("", f"epoch {server.epoch}, up {up}, {server.queue_order}")
+    rows.add_row("", f"epoch {server.epoch}, {load.executor_losses_total} lost, up {up}, {server.queue_order}")
     rows.add_row("requests", _bar((load.running_requests, "green"), total=load.max_running_requests))
     rows.add_row("", f"{load.running_requests} running of {load.max_running_requests}, {load.waiting_requests} waiting")
     rows.add_row("", f"{load.finished_requests_total} finished, {load.preemptions_total} preemptions")
+    rows.add_row("", f"{load.detached_requests} detached, {load.quarantined_requests} quarantined")
     used = load.used_blocks, "red" if load.used_blocks > 0.9 * load.total_blocks else "green"
     rows.add_row("KV blocks", _bar(used, (load.cached_blocks, "blue"), total=load.total_blocks))
     free = load.total_blocks - load.used_blocks - load.cached_blocks
@@ -41,11 +43,19 @@ def view(address: str, snapshot: Snapshot, rates: Rates, history: History, lost:
     rows.add_row("", f"{rates.decode_tokens:.0f} tokens/s, {rates.steps:.0f} steps/s")
     rows.add_row("prefill", _course([one.prefill_tokens for one in history.course]))
     rows.add_row("", f"{rates.prefill_tokens:.0f} tokens/s")
-    title = f"Duet {server.version} at {address}"
+    rows.add_row("self-checks", Text(self_checks(load), style="red" if load.idle_check_failures_total else ""))
+    title = f"Duet {server.version} at {address}" + ", draining" * server.draining
     if lost is None:
-        return Panel(rows, title=title, border_style="green" if server.ready else "yellow", expand=False)
+        style = "green" if server.ready and not server.draining else "yellow"
+        return Panel(rows, title=title, border_style=style, expand=False)
     trouble = Text(f"{lost.message}: trying again", style="red")
     return Panel(Group(rows, trouble), title=title, border_style="red", expand=False)
+
+
+def self_checks(load: pb.Load) -> str:
+    """How the core's checks of itself ended, which it makes where it has nothing to do."""
+    failed = load.idle_check_failures_total
+    return f"{load.idle_checks_total} passed" + (f", {failed} FAILED: see the server's log" if failed else "")
 
 
 def _bar(*parts: tuple[int, str], total: int) -> Text:

@@ -83,7 +83,7 @@ class SessionOpened(_message.Message):
     def __init__(self, epoch: _Optional[int] = ...) -> None: ...
 
 class StepPlan(_message.Message):
-    __slots__ = ("epoch", "step_id", "release_slots", "new_sequences", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts", "prefill_samples", "join_slots", "leave_slots", "iterations", "mask_slots", "masks")
+    __slots__ = ("epoch", "step_id", "release_slots", "new_sequences", "append_slots", "append_blocks", "prefill_slots", "prefill_starts", "prefill_counts", "prefill_samples", "join_slots", "leave_slots", "iterations", "mask_slots", "masks", "timeout_ms")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_ID_FIELD_NUMBER: _ClassVar[int]
     RELEASE_SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -99,6 +99,7 @@ class StepPlan(_message.Message):
     ITERATIONS_FIELD_NUMBER: _ClassVar[int]
     MASK_SLOTS_FIELD_NUMBER: _ClassVar[int]
     MASKS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step_id: int
     release_slots: bytes
@@ -114,7 +115,8 @@ class StepPlan(_message.Message):
     iterations: int
     mask_slots: bytes
     masks: bytes
-    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., release_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_starts: _Optional[bytes] = ..., prefill_counts: _Optional[bytes] = ..., prefill_samples: _Optional[bytes] = ..., join_slots: _Optional[bytes] = ..., leave_slots: _Optional[bytes] = ..., iterations: _Optional[int] = ..., mask_slots: _Optional[bytes] = ..., masks: _Optional[bytes] = ...) -> None: ...
+    timeout_ms: int
+    def __init__(self, epoch: _Optional[int] = ..., step_id: _Optional[int] = ..., release_slots: _Optional[bytes] = ..., new_sequences: _Optional[_Iterable[_Union[NewSequence, _Mapping]]] = ..., append_slots: _Optional[bytes] = ..., append_blocks: _Optional[bytes] = ..., prefill_slots: _Optional[bytes] = ..., prefill_starts: _Optional[bytes] = ..., prefill_counts: _Optional[bytes] = ..., prefill_samples: _Optional[bytes] = ..., join_slots: _Optional[bytes] = ..., leave_slots: _Optional[bytes] = ..., iterations: _Optional[int] = ..., mask_slots: _Optional[bytes] = ..., masks: _Optional[bytes] = ..., timeout_ms: _Optional[int] = ...) -> None: ...
 
 class NewSequence(_message.Message):
     __slots__ = ("slot", "token_ids", "num_prompt_tokens", "num_cached_tokens", "block_ids", "sampling", "stop_token_ids", "max_total_tokens")

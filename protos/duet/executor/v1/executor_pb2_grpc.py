@@ -49,7 +49,7 @@ class ExecutorServiceServicer(object):
     def RunSession(self, request_iterator, context):
         """One session. The executor speaks first (`info`), the core opens an epoch (`open`), the executor confirms
         (`opened`), then plans go one way and results the other, both in step order. A later session with the next
-        epoch fences this one: it ends with ABORTED.
+        epoch fences this one: it ends with ABORTED. An executor that was told to stop ends the session with OK.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

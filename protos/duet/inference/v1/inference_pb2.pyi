@@ -19,7 +19,7 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_CANCELLED: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "stop", "output", "priority", "cache_salt", "resume_offset", "detach_seconds", "truncate_prompt_tokens", "constraint")
+    __slots__ = ("request_id", "model", "text", "token_ids", "chat", "sampling", "stop", "output", "priority", "cache_salt", "resume_offset", "detach_seconds", "truncate_prompt_tokens", "constraint", "resume_offsets")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXT_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class GenerateRequest(_message.Message):
     DETACH_SECONDS_FIELD_NUMBER: _ClassVar[int]
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
+    RESUME_OFFSETS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     model: str
     text: str
@@ -48,7 +49,8 @@ class GenerateRequest(_message.Message):
     detach_seconds: float
     truncate_prompt_tokens: int
     constraint: Constraint
-    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., resume_offset: _Optional[int] = ..., detach_seconds: _Optional[float] = ..., truncate_prompt_tokens: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
+    resume_offsets: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request_id: _Optional[str] = ..., model: _Optional[str] = ..., text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., output: _Optional[_Union[OutputOptions, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., resume_offset: _Optional[int] = ..., detach_seconds: _Optional[float] = ..., truncate_prompt_tokens: _Optional[int] = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ..., resume_offsets: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -306,7 +308,7 @@ class GetServerRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerResponse(_message.Message):
-    __slots__ = ("version", "ready", "uptime_seconds", "queue_order", "device", "epoch", "load")
+    __slots__ = ("version", "ready", "uptime_seconds", "queue_order", "device", "epoch", "load", "draining")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
@@ -314,6 +316,7 @@ class GetServerResponse(_message.Message):
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     version: str
     ready: bool
     uptime_seconds: float
@@ -321,7 +324,8 @@ class GetServerResponse(_message.Message):
     device: str
     epoch: int
     load: Load
-    def __init__(self, version: _Optional[str] = ..., ready: bool = ..., uptime_seconds: _Optional[float] = ..., queue_order: _Optional[str] = ..., device: _Optional[str] = ..., epoch: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
+    draining: bool
+    def __init__(self, version: _Optional[str] = ..., ready: bool = ..., uptime_seconds: _Optional[float] = ..., queue_order: _Optional[str] = ..., device: _Optional[str] = ..., epoch: _Optional[int] = ..., load: _Optional[_Union[Load, _Mapping]] = ..., draining: bool = ...) -> None: ...
 
 class WatchLoadRequest(_message.Message):
     __slots__ = ("interval_seconds",)
@@ -336,7 +340,7 @@ class WatchLoadResponse(_message.Message):
     def __init__(self, load: _Optional[_Union[Load, _Mapping]] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting_requests", "running_requests", "max_running_requests", "used_blocks", "cached_blocks", "total_blocks", "block_size", "prompt_tokens_total", "cached_tokens_total", "prefill_tokens_total", "output_tokens_total", "finished_requests_total", "preemptions_total", "steps_total", "uptime_seconds")
+    __slots__ = ("waiting_requests", "running_requests", "max_running_requests", "used_blocks", "cached_blocks", "total_blocks", "block_size", "prompt_tokens_total", "cached_tokens_total", "prefill_tokens_total", "output_tokens_total", "finished_requests_total", "preemptions_total", "steps_total", "uptime_seconds", "detached_requests", "quarantined_requests", "idle_checks_total", "idle_check_failures_total", "executor_losses_total")
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
@@ -352,6 +356,11 @@ class Load(_message.Message):
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     STEPS_TOTAL_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    DETACHED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    IDLE_CHECKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    IDLE_CHECK_FAILURES_TOTAL_FIELD_NUMBER: _ClassVar[int]
+    EXECUTOR_LOSSES_TOTAL_FIELD_NUMBER: _ClassVar[int]
     waiting_requests: int
     running_requests: int
     max_running_requests: int
@@ -367,4 +376,9 @@ class Load(_message.Message):
     preemptions_total: int
     steps_total: int
     uptime_seconds: float
-    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., finished_requests_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    detached_requests: int
+    quarantined_requests: int
+    idle_checks_total: int
+    idle_check_failures_total: int
+    executor_losses_total: int
+    def __init__(self, waiting_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., used_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., prompt_tokens_total: _Optional[int] = ..., cached_tokens_total: _Optional[int] = ..., prefill_tokens_total: _Optional[int] = ..., output_tokens_total: _Optional[int] = ..., finished_requests_total: _Optional[int] = ..., preemptions_total: _Optional[int] = ..., steps_total: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., detached_requests: _Optional[int] = ..., quarantined_requests: _Optional[int] = ..., idle_checks_total: _Optional[int] = ..., idle_check_failures_total: _Optional[int] = ..., executor_losses_total: _Optional[int] = ...) -> None: ...

@@ -68,7 +68,7 @@ class InferenceServiceServicer(object):
 
     def Generate(self, request, context):
         """Streams a continuation of one prompt. The first event is `started`, the last is `finished`; a stream that ends
-        without `finished` was cut. Closing the call cancels the request.
+        without `finished` was cut. Closing the call cancels the request, unless detach_seconds is set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
