@@ -32,10 +32,28 @@ void duet_pack(const struct linear *out, const void *weight, int32_t source_form
 
 // The operations one by one, on one thread, as tests compare them with kernels/reference.py.
 void duet_linear(const struct linear *linear, const float *x, int64_t num_rows, float *y);
-void duet_gate_up(const struct linear *linear, const float *x, int64_t num_rows, float *y);
+void duet_gate_up(const struct linear *linear, const float *x, int64_t num_rows, float *y); // is_gate_up
 void duet_rms_norm(const float *x, const float *weight, int64_t num_rows, int64_t size, float eps, float *y);
 void duet_rotate(float *x, const int64_t *positions, const float *inv_freq, int64_t num_tokens, int64_t num_heads,
                  int64_t head_dim);
+
+// Tokens at consecutive positions of a sequence whose keys and values are all in the cache.
+struct duet_sequence {
+    int64_t num_heads;
+    int64_t num_kv_heads;
+    int64_t head_dim;
+    int64_t block_size;
+    int32_t cache_format;
+    const void *kv_cache;
+    const int32_t *block_table;
+    int64_t first_position;
+    int64_t num_tokens;
+};
+
+// q, y: [num_tokens, num_heads, head_dim]; the context is cut into num_spans, which are merged.
+void duet_attention(const struct duet_sequence *sequence, const float *q, int64_t num_spans, float *y);
+
+// The weights of some outputs: rows, [num_outputs, in_features].
 void duet_unpack(const struct linear *linear, const int64_t *outputs, int64_t num_outputs, float *rows);
 
 #endif

@@ -63,8 +63,9 @@ class Engine:
     def __init__(self, library: Library, weights: DecoderWeights, max_tokens: int, cores: Sequence[int]) -> None:
         """max_tokens: most of a batch; cores: those to compute on, the first of them by the caller's thread.
 
-        Raises: MemoryError, also where the system has no threads left.
+        Raises: MemoryError, also where the system has no threads left; ValueError, for sizes that it cannot compute.
         """
+        self._engine: int | None = None
         if weights.layers[0].down.struct.in_features % PANEL:
             raise ValueError(f"the size of the feed-forward layers is no multiple of {PANEL}")
         self._functions = library.functions

@@ -91,6 +91,22 @@ class BatchStruct(ctypes.Structure):
     )
 
 
+class SequenceStruct(ctypes.Structure):
+    """See `struct duet_sequence`."""
+
+    _fields_ = (
+        ("num_heads", _int64),
+        ("num_kv_heads", _int64),
+        ("head_dim", _int64),
+        ("block_size", _int64),
+        ("cache_format", _int32),
+        ("kv_cache", _pointer),
+        ("block_table", _pointer),
+        ("first_position", _int64),
+        ("num_tokens", _int64),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Library:
     """A loaded build; `functions` has every function of duet.h."""
@@ -111,6 +127,7 @@ _SIGNATURES = {
     "duet_gate_up": (None, (ctypes.POINTER(LinearStruct), _pointer, _int64, _pointer)),
     "duet_rms_norm": (None, (_pointer, _pointer, _int64, _int64, _float, _pointer)),
     "duet_rotate": (None, (_pointer, _pointer, _pointer, _int64, _int64, _int64)),
+    "duet_attention": (None, (ctypes.POINTER(SequenceStruct), _pointer, _int64, _pointer)),
     "duet_unpack": (None, (ctypes.POINTER(LinearStruct), _pointer, _int64, _pointer)),
 }
 

@@ -1,5 +1,6 @@
 #include <stdlib.h>
 
+#include "attention.h"
 #include "duet.h"
 #include "elementwise.h"
 #include "linear.h"
@@ -40,9 +41,16 @@ void duet_linear(const struct linear *linear, const float *x, int64_t num_rows, 
 }
 
 void duet_gate_up(const struct linear *linear, const float *x, int64_t num_rows, float *y) {
+    int64_t size = linear->out_features / 2;
+    bool is_bf16 = linear->format == FORMAT_BF16 && is_packed(FORMAT_BF16);
     struct rows rows = make_rows(linear, x, num_rows);
-    if (rows.values && rows.scales)
-        run_gate_up(&ALONE, linear, &rows, y, linear->out_features / 2 * 4, NULL);
+    uint16_t *rounded = calloc((size_t)(num_rows * size), sizeof *rounded);
+    if (rows.values && rows.scales && rounded) {
+        run_gate_up(&ALONE, linear, &rows, is_bf16 ? (void *)rounded : y, size * (is_bf16 ? 2 : 4), NULL);
+        for (int64_t i = 0; is_bf16 && i < num_rows * size; i++)
+            y[i] = from_bf16(rounded[i]);
+    }
+    free(rounded);
     free(rows.values);
     free(rows.scales);
 }
@@ -61,4 +69,63 @@ void duet_rotate(float *x, const int64_t *positions, const float *inv_freq, int6
             rotate(x + (token * num_heads + head) * head_dim, factors, head_dim);
     }
     free(factors);
+}
+
+// One kv head of duet_attention, in memory that is large enough.
+static void attend_head(const struct attention *attention, const struct duet_sequence *sequence, const float *q,
+                        struct attention_call *call, float *y, int64_t num_spans, char *queries, void *scratch) {
+    int64_t dim = attention->head_dim, group = attention->group, num_heads = group * attention->num_kv_heads;
+    int64_t num_queries = sequence->num_tokens * group, num_chunks;
+    float *values = call->values, *weights = call->weights;
+    for (int64_t query = 0; query < num_queries; query++) {
+        int64_t head = query / group * num_heads + call->kv_head * group + query % group;
+        make_row(query_format(attention), q + head * dim, dim, queries + query * query_bytes(attention), NULL);
+    }
+    num_chunks = ceil_div(sequence->first_position + sequence->num_tokens, CHUNK);
+    for (int64_t span = 0; span < num_spans; span++) {
+        call->first_key = num_chunks * span / num_spans * CHUNK;
+        call->end_key = num_chunks * (span + 1) / num_spans * CHUNK;
+        call->values = values + span * num_queries * dim;
+        call->weights = weights + span * num_queries * 2;
+        attend(attention, call, scratch);
+    }
+    for (int64_t query = 0; query < num_queries; query++) {
+        int64_t head = query / group * num_heads + call->kv_head * group + query % group;
+        merge_spans(values + query * dim, num_queries * dim, weights + query * 2, num_queries * 2, num_spans, dim,
+                    y + head * dim);
+    }
+    call->values = values, call->weights = weights;
+}
+
+void duet_attention(const struct duet_sequence *sequence, const float *q, int64_t num_spans, float *y) {
+    struct attention attention = {
+        .num_kv_heads = sequence->num_kv_heads,
+        .group = sequence->num_heads / sequence->num_kv_heads,
+        .head_dim = sequence->head_dim,
+        .block_size = sequence->block_size,
+        .cache_format = (enum format)sequence->cache_format,
+    };
+    int64_t num_queries = sequence->num_tokens * attention.group;
+    char *queries = calloc((size_t)num_queries, (size_t)query_bytes(&attention));
+    float *values = calloc((size_t)(num_spans * num_queries * attention.head_dim), sizeof(float));
+    float *weights = calloc((size_t)(num_spans * num_queries * 2), sizeof(float));
+    void *scratch = malloc((size_t)attention_scratch_bytes(&attention));
+    struct attention_call call = {
+        .queries = queries,
+        .num_tokens = sequence->num_tokens,
+        .first_position = sequence->first_position,
+        .kv_cache = sequence->kv_cache,
+        .block_table = sequence->block_table,
+        .values = values,
+        .weights = weights,
+        .value_stride = attention.group * attention.head_dim,
+        .weight_stride = attention.group * 2,
+    };
+    if (queries && values && weights && scratch)
+        for (call.kv_head = 0; call.kv_head < attention.num_kv_heads; call.kv_head++)
+            attend_head(&attention, sequence, q, &call, y, num_spans, queries, scratch);
+    free(queries);
+    free(values);
+    free(weights);
+    free(scratch);
 }
