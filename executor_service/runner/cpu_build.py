@@ -1,5 +1,6 @@
 """From settings to a runner on the CPU: which kernels, how many threads, how large a KV cache."""
 
+import dataclasses
 import logging
 import os
 
@@ -13,6 +14,7 @@ from executor_service.runner.build import LoadedModel, dtype_of, load
 from executor_service.runner.cpu_runner import CpuRunner
 from executor_service.runner.cpu_steps import CpuSteps, EagerSteps, EngineSteps
 from executor_service.runner.kv_cache import allocate_on_cpu, available_memory_bytes, count_blocks
+from executor_service.runner.runner import RunnerInfo
 from executor_service.weights.errors import UnfitSettings
 from kernels.cpu.build import BuildError, library_directory
 from kernels.cpu.levels import usable_levels
@@ -24,7 +26,23 @@ log = logging.getLogger(__name__)
 _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP = 64, 512  # where the settings leave them open
 
 
+@dataclasses.dataclass(frozen=True)
+class BuiltSteps:
+    """What computes, and what it was built from."""
+
+    steps: CpuSteps
+    kv_caches: list[Tensor]  # one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]
+    info: RunnerInfo
+    shard: VocabularyShard  # what the logits are of
+
+
 def build_cpu_runner(config: ExecutorConfig, group: RankGroup) -> CpuRunner:
+    """See build_cpu_steps."""
+    built = build_cpu_steps(config, group)
+    return CpuRunner(built.info, built.steps, built.kv_caches, built.shard)
+
+
+def build_cpu_steps(config: ExecutorConfig, group: RankGroup) -> BuiltSteps:
     """Load this rank's part of the model and make its KV cache in main memory.
 
     Sets the number of threads of torch, for the whole process.
@@ -41,13 +59,16 @@ def build_cpu_runner(config: ExecutorConfig, group: RankGroup) -> CpuRunner:
         num_blocks = group.least(
             count_blocks(shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--memory-utilization")
         )
-    kernels = "torch" if library is None else library.level
-    info = loaded.info(num_blocks, f"CPU, {len(cores)} threads, {kernels}")
     kv_caches = allocate_on_cpu(shape, num_blocks)
     shard = WHOLE_VOCABULARY
     if group.placement.size > 1:
         shard = VocabularyShard(loaded.model.vocab_span.start, group.tensor_parallel().all_gather)
-    return CpuRunner(info, _build_steps(loaded, library, kv_caches, cores), kv_caches, shard)
+    return BuiltSteps(
+        steps=_make_steps(loaded, library, kv_caches, cores),
+        kv_caches=kv_caches,
+        info=loaded.info(num_blocks, f"CPU, {len(cores)} threads"),
+        shard=shard,
+    )
 
 
 def _choose_cores(config: ExecutorConfig, local_rank: int, local_size: int) -> list[int]:
@@ -69,19 +90,21 @@ def _choose_library(config: ExecutorConfig, num_ranks: int) -> Library | None:
     if not levels:
         raise UnfitSettings(f"this processor cannot run --cpu-kernels {config.cpu_kernels}")
     try:
-        return load_library(levels[0], library_directory(os.environ))
+        library = load_library(levels[0], library_directory(os.environ))
     except (BuildError, OSError) as error:
         if is_needed:
             raise UnfitSettings(f"the library in C, which the settings need, cannot be built: {error}") from error
-        log.warning("no library in C, PyTorch computes, at less than half the speed: %s", error)
+        log.warning("no library in C, so PyTorch computes, at less than half the speed: %s", error)
         return None
+    log.info("the library in C computes, built for %s", library.level)
+    return library
 
 
 def _weight_format(config: ExecutorConfig) -> Format:
     return Format.INT8 if config.weights == "int8" else DTYPE_FORMATS[dtype_of(config)]
 
 
-def _build_steps(loaded: LoadedModel, library: Library | None, kv_caches: list[Tensor], cores: list[int]) -> CpuSteps:
+def _make_steps(loaded: LoadedModel, library: Library | None, kv_caches: list[Tensor], cores: list[int]) -> CpuSteps:
     if library is None:
         return EagerSteps(loaded.model, kv_caches, loaded.config.block_size)
     max_tokens = max(loaded.max_tokens_per_step, loaded.max_num_seqs)

@@ -3,12 +3,20 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdbool.h>
 #include <stdlib.h>
 
-// A wait within a step is short: it spins, for about a millisecond at most, and then yields the core, since one that
-// it waits for may need it. Between steps the threads sleep soon, since other processes run on the same cores.
-enum { SPINS = 40000, SPINS_BEFORE_SLEEP = 4000, YIELDS_BEFORE_SLEEP = 20 };
+// A wait spins for some twenty microseconds, more than the threads of a step drift apart. One that takes longer means
+// that somebody else has the core of a thread that is missing: the waiting one then sleeps, so that its own core is free
+// for them. It does not yield: Linux charges a yield like a whole slice of time, and the thread would starve.
+enum { SPINS = 1000 };
+
+// Grows; threads wait until it does.
+struct event {
+    _Alignas(64) atomic_uint count;
+    atomic_int num_sleeping;
+    pthread_mutex_t mutex; // of `grown`
+    pthread_cond_t grown;
+};
 
 struct worker {
     struct member member;
@@ -17,16 +25,32 @@ struct worker {
 
 struct team {
     int64_t num_threads;
+    struct event barrier;                // that all have reached
+    struct event job;
     _Alignas(64) atomic_int num_arrived; // at the barrier
-    _Alignas(64) atomic_uint barrier;    // grows with each barrier that all have reached
-    _Alignas(64) atomic_uint job;        // grows with each job
-    atomic_int num_sleeping;
     void (*work)(const struct member *, void *); // NULL: end
     void *context;
-    pthread_mutex_t mutex; // of `wake` only
-    pthread_cond_t wake;
     struct worker workers[]; // [num_threads], the first is the caller's and has no thread
 };
+
+static void event_init(struct event *event) {
+    pthread_mutex_init(&event->mutex, NULL);
+    pthread_cond_init(&event->grown, NULL);
+}
+
+static void event_destroy(struct event *event) {
+    pthread_cond_destroy(&event->grown);
+    pthread_mutex_destroy(&event->mutex);
+}
+
+static void event_grow(struct event *event) {
+    atomic_fetch_add(&event->count, 1);
+    if (atomic_load(&event->num_sleeping) > 0) {
+        pthread_mutex_lock(&event->mutex);
+        pthread_cond_broadcast(&event->grown);
+        pthread_mutex_unlock(&event->mutex);
+    }
+}
 
 static void pause_core(void) {
 #if defined(__x86_64__)
@@ -34,58 +58,43 @@ static void pause_core(void) {
 #endif
 }
 
-// Returns once the word differs from `old`; at the latest after `max_yields` yields, if that is not negative.
-static bool wait_for_change(atomic_uint *word, unsigned old, int num_spins, int max_yields) {
-    for (int spin = 0; spin < num_spins; spin++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != old)
-            return true;
+// Returns once the count differs from `before`.
+static void event_wait(struct event *event, unsigned before) {
+    for (int spin = 0; spin < SPINS; spin++) {
+        if (atomic_load_explicit(&event->count, memory_order_acquire) != before)
+            return;
         pause_core();
     }
-    for (int yields = 0; max_yields < 0 || yields < max_yields; yields++) {
-        if (atomic_load_explicit(word, memory_order_acquire) != old)
-            return true;
-        sched_yield();
-    }
-    return false;
+    pthread_mutex_lock(&event->mutex);
+    atomic_fetch_add(&event->num_sleeping, 1); // before `count` is read, as event_grow writes that before it reads this
+    while (atomic_load(&event->count) == before)
+        pthread_cond_wait(&event->grown, &event->mutex);
+    atomic_fetch_sub(&event->num_sleeping, 1);
+    pthread_mutex_unlock(&event->mutex);
 }
 
 void team_wait(const struct member *member) {
     struct team *team = member->team;
-    unsigned before = atomic_load_explicit(&team->barrier, memory_order_acquire);
-    if (atomic_fetch_add(&team->num_arrived, 1) + 1 == team->num_threads) {
-        atomic_store(&team->num_arrived, 0);
-        atomic_fetch_add(&team->barrier, 1);
-    } else {
-        wait_for_change(&team->barrier, before, SPINS, -1);
+    unsigned before = atomic_load_explicit(&team->barrier.count, memory_order_acquire);
+    if (atomic_fetch_add(&team->num_arrived, 1) + 1 < team->num_threads) {
+        event_wait(&team->barrier, before);
+        return;
     }
-}
-
-static void sleep_until_job(struct team *team, unsigned last) {
-    pthread_mutex_lock(&team->mutex);
-    atomic_fetch_add(&team->num_sleeping, 1); // before `job` is read, as team_run writes `job` before it reads this
-    while (atomic_load(&team->job) == last)
-        pthread_cond_wait(&team->wake, &team->mutex);
-    atomic_fetch_sub(&team->num_sleeping, 1);
-    pthread_mutex_unlock(&team->mutex);
+    atomic_store(&team->num_arrived, 0);
+    event_grow(&team->barrier);
 }
 
 static void announce_job(struct team *team, void (*work)(const struct member *, void *), void *context) {
     team->work = work;
     team->context = context;
-    atomic_fetch_add(&team->job, 1);
-    if (atomic_load(&team->num_sleeping) > 0) {
-        pthread_mutex_lock(&team->mutex);
-        pthread_cond_broadcast(&team->wake);
-        pthread_mutex_unlock(&team->mutex);
-    }
+    event_grow(&team->job);
 }
 
 static void *run_worker(void *argument) {
     struct worker *worker = argument;
     struct team *team = worker->member.team;
     for (unsigned last = 0;; last++) {
-        if (!wait_for_change(&team->job, last, SPINS_BEFORE_SLEEP, YIELDS_BEFORE_SLEEP))
-            sleep_until_job(team, last);
+        event_wait(&team->job, last);
         if (!team->work)
             return NULL;
         team->work(&worker->member, team->context);
@@ -117,8 +126,8 @@ struct team *team_create(int64_t num_threads, const int32_t *cores) {
     if (!team)
         return NULL;
     *team = (struct team){.num_threads = num_threads};
-    pthread_mutex_init(&team->mutex, NULL);
-    pthread_cond_init(&team->wake, NULL);
+    event_init(&team->barrier);
+    event_init(&team->job);
     for (int64_t i = 0; i < num_threads; i++) {
         struct worker *worker = &team->workers[i];
         worker->member = (struct member){team, i, num_threads};
@@ -138,7 +147,7 @@ void team_destroy(struct team *team) {
     announce_job(team, NULL, NULL);
     for (int64_t i = 1; i < team->num_threads; i++)
         pthread_join(team->workers[i].thread, NULL);
-    pthread_cond_destroy(&team->wake);
-    pthread_mutex_destroy(&team->mutex);
+    event_destroy(&team->barrier);
+    event_destroy(&team->job);
     free(team);
 }

@@ -120,7 +120,7 @@ def test_large_scores_neither_overflow_nor_vanish(library: Library, dtype: torch
     q = (random(1, 2, 64, seed=1) * 60).to(dtype).float()
     expected = reference.paged_prefill_attention(q, kv_cache, (0, 1), (100,), block_table[None])
     # A score of 150 is known to 1e-5, and so is the logarithm of its weight.
-    tolerance = {"rtol": 1e-3, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    tolerance: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-3} if dtype is torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
     torch.testing.assert_close(run(library, case, q, kv_cache, block_table), expected, **tolerance)
 
 
