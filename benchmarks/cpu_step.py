@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,7 +29,7 @@ from executor_service.runner.step_inputs import DecodeInputs, PrefillInputs
 BLOCK_SIZE, BLOCKS_A_SEQUENCE, MAX_SEQUENCES = 64, 4, 16
 CONTEXT_LEN = 200  # of a decode step
 PROMPT_LEN = 128
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8": {"dtype": "bfloat16", "weights": "int8"},
     "float32": {"dtype": "float32"},
@@ -68,7 +69,7 @@ def main() -> int:
     return 0
 
 
-def build(model: str, flags: dict[str, str]) -> CpuSteps:
+def build(model: str, flags: dict[str, Any]) -> CpuSteps:
     """The model with a small cache."""
     config = ExecutorConfig(model, block_size=BLOCK_SIZE, num_blocks=BLOCKS_A_SEQUENCE * MAX_SEQUENCES, **flags)
     return build_cpu_steps(config, RankGroup(Placement(), torch.device("cpu"))).steps

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ from executor_service.runner.step_inputs import PrefillInputs
 
 DOCUMENTS = Path(__file__).resolve().parents[1] / "docs"
 TEXT_LEN = 256  # tokens
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "int8 weights, bfloat16": {"dtype": "bfloat16", "weights": "int8"},
     "int8 weights, float32": {"dtype": "float32", "weights": "int8"},
@@ -67,7 +68,7 @@ def read_texts(model: Path, num_texts: int) -> list[Tensor]:
     return [torch.tensor(token_ids) for token_ids in encoded if len(token_ids) == TEXT_LEN][:num_texts]
 
 
-def compute_logits(model: Path, texts: list[Tensor], flags: dict[str, str]) -> list[Tensor]:
+def compute_logits(model: Path, texts: list[Tensor], flags: dict[str, Any]) -> list[Tensor]:
     """Of every position of each text: [TEXT_LEN, vocab_size] float32."""
     config = ExecutorConfig(str(model), block_size=TEXT_LEN, num_blocks=1, max_model_len=TEXT_LEN, **flags)
     steps = build_cpu_steps(config, RankGroup(Placement(), torch.device("cpu"))).steps

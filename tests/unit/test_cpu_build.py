@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def test_without_gcc_pytorch_computes_and_the_log_says_so(model: Path, caplog: p
 
 @pytest.mark.usefixtures("no_gcc")
 @pytest.mark.parametrize("flags", [{"weights": "int8"}, {"cpu_kernels": "portable"}], ids=str)
-def test_without_gcc_settings_that_need_the_library_are_refused(model: Path, flags: dict[str, str]) -> None:
+def test_without_gcc_settings_that_need_the_library_are_refused(model: Path, flags: dict[str, Any]) -> None:
     with pytest.raises(UnfitSettings, match="there is no gcc"):
         build_cpu_steps(tiny_settings(model, **flags), ALONE)
 
@@ -78,7 +79,7 @@ def test_a_level_that_the_processor_lacks_is_refused(model: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("flags", [{"weights": "int8"}, {"cpu_kernels": "avx2"}], ids=str)
-def test_several_ranks_refuse_what_only_the_library_can_do(model: Path, flags: dict[str, str]) -> None:
+def test_several_ranks_refuse_what_only_the_library_can_do(model: Path, flags: dict[str, Any]) -> None:
     group = RankGroup.__new__(RankGroup)  # its processes would have to be started
     object.__setattr__(group, "placement", Placement(rank=0, size=2, local_rank=0, local_size=2))
     with pytest.raises(UnfitSettings, match="one rank only"):
@@ -88,7 +89,7 @@ def test_several_ranks_refuse_what_only_the_library_can_do(model: Path, flags: d
 @needs_gcc
 def test_a_model_of_sizes_that_no_panel_fits_is_refused_with_what_to_do(tmp_path: Path) -> None:
     save_tiny_model(tmp_path, "LlamaForCausalLM", intermediate_size=104)
-    with pytest.raises(UnfitSettings, match="use --cpu-kernels torch: .* multiple of 16"):
+    with pytest.raises(UnfitSettings, match="use --cpu-kernels torch"):
         build_cpu_steps(tiny_settings(tmp_path), ALONE)
 
 
