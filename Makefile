@@ -33,7 +33,7 @@ generate_stubs = $(PROTOS_VENV)/bin/python -m grpc_tools.protoc -I . \
 	--python_out=$(1) --pyi_out=$(1) --grpc_python_out=$(1) $(PROTOS)
 
 .DEFAULT_GOAL := help
-.PHONY: help run run-gateway run-scheduler run-executor bench test test-gpu test-clients check fix protos check-protos check-breaking clean
+.PHONY: help run run-gateway run-scheduler run-executor bench test test-gpu test-clients test-sanitizers check fix protos check-protos check-breaking clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ test-clients: $(INSTALLED_DEV) ## Build the clients in all languages and run the
 		echo "Missing:$$missing" >&2; echo 'Install them: apt-get install $(CLIENT_PACKAGES)' >&2; exit 1; fi
 	$(PY) -m pytest tests/clients -m '' $(ARGS)
 
+test-sanitizers: $(INSTALLED_DEV) ## Run the library in C under the address, undefined-behaviour and thread sanitizers
+	$(PY) -m tests.kernels.cpu.sanitize
+
 check: $(INSTALLED_DEV) check-protos check-breaking ## Check style, types, import rules, protocols, stubs; count lines
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -115,11 +118,13 @@ clean: ## Remove the environments and all caches
 $(INSTALLED): pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
 	$(PY) $(PIP_INSTALL) --editable '.[scheduler,executor,model]'
+	$(PY) -m kernels.cpu.build
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
 	$(PY) $(PIP_INSTALL) --editable '.[scheduler,executor,model,dev]'
+	$(PY) -m kernels.cpu.build
 	@touch $@ $(INSTALLED)
 
 $(INSTALLED_GATEWAY): $(INSTALLED)

@@ -29,6 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--model", required=True, help="directory of the model")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--weights", default="auto", help="comma-separated, of auto and int8: ours with each of them")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--peers",
@@ -37,10 +38,10 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, default=None, help="where to store (benchmarks/results/DATE.json)")
     args = parser.parse_args()
-    engines = [measure_duet(args)]
+    engines = [measure_duet(args, weights) for weights in args.weights.split(",")]
     for peer in filter(None, args.peers.split(",")):
         engines.append(measure_peer(peer, args.model))
-    settings = {"dtype": args.dtype, "repeats": args.repeats, "peers": args.peers}
+    settings = {"dtype": args.dtype, "weights": args.weights, "repeats": args.repeats, "peers": args.peers}
     report = {"machine": describe_machine(), "settings": settings, "engines": engines}
     path = args.json or Path(__file__).parent / "results" / time.strftime("%Y-%m-%dT%H%M%S.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,10 +51,10 @@ def main() -> int:
     return 0
 
 
-def measure_duet(args: argparse.Namespace) -> dict[str, Any]:
+def measure_duet(args: argparse.Namespace, weights: str) -> dict[str, Any]:
     """Start both services, and measure each number of streams after a warm-up."""
     streams: dict[str, Any] = {}
-    with LLM(args.model, dtype=args.dtype) as llm:
+    with LLM(args.model, dtype=args.dtype, weights=weights) as llm:
         for count in STREAMS:
             lengths = (PROMPT_TOKENS, PROMPT_TOKENS), (OUTPUT_TOKENS, OUTPUT_TOKENS)
             scenario = Scenario(count, *lengths, temperature=0.0)
@@ -69,7 +70,8 @@ def measure_duet(args: argparse.Namespace) -> dict[str, Any]:
                 "gap_ms_p99": milliseconds(figures["gap_p99_s"]),
                 "runs": [dataclasses.asdict(run) for run in runs],
             }
-    return {"name": f"duet {args.dtype}", "version": importlib.metadata.version("duet-inference"), "streams": streams}
+    name = f"duet {args.dtype if weights == 'auto' else weights}"
+    return {"name": name, "version": importlib.metadata.version("duet-inference"), "streams": streams}
 
 
 def milliseconds(seconds: float | None) -> float | None:

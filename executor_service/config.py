@@ -37,6 +37,16 @@ class ExecutorConfig:
         None, "most tokens computed in a step, prefill and decode together (default: 512, on a GPU 8192)", least=1
     )
     max_model_len: int | None = setting(None, "most tokens of a sequence (default: the model's own limit)", least=2)
+    weights: str = setting(
+        "auto",
+        "number format of the linear layers' weights; auto is the dtype's; int8, on the CPU, takes half of bfloat16",
+        choices=("auto", "int8"),
+    )
+    cpu_kernels: str = setting(
+        "auto",
+        "on the CPU: auto is the library in C for the processor, or torch where there is no gcc to build it",
+        choices=("auto", "avx512-bf16", "avx512", "avx2", "portable", "torch"),
+    )
     num_threads: int | None = setting(None, "CPU threads (default: the cores that the process may use)", least=1)
     attention_backend: str = setting(
         "auto",

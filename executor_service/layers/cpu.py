@@ -9,7 +9,9 @@ from executor_service.layers.attention import Attend, AttentionConfig, DecodeMet
 from executor_service.layers.device import Linear
 from executor_service.layers.parallel import TensorParallel
 from executor_service.layers.rotary import rotation_factors
-from kernels import cpu, cpu_attention
+from kernels.cpu import eager, eager_attention
+from kernels.cpu.library import Format, Library
+from kernels.cpu.panels import Arena, PanelLinear
 
 
 class CpuOps:
@@ -23,22 +25,36 @@ class CpuOps:
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Packs the weight for oneDNN."""
-        return cpu.pack_linear(weight, bias)
+        return eager.pack_linear(weight, bias)
 
     def norm_linear(
         self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         if x is None:
-            return linear(cpu.rms_norm(residual, weight, eps)), residual
-        return linear(cpu.add_rms_norm(self._parallel.all_reduce(x), residual, weight, eps)), residual
+            return linear(eager.rms_norm(residual, weight, eps)), residual
+        return linear(eager.add_rms_norm(self._parallel.all_reduce(x), residual, weight, eps)), residual
 
     def norm_gate_up(
         self, linear: Linear, x: Tensor | None, residual: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """See DeviceOps."""
         gate_up, residual = self.norm_linear(linear, x, residual, weight, eps)
-        return cpu.silu_and_mul(gate_up), residual
+        return eager.silu_and_mul(gate_up), residual
+
+
+class PanelOps(CpuOps):
+    """See DeviceOps; linear layers are packed for the library in C, whose engine runs whole steps with them."""
+
+    def __init__(self, library: Library, weight_format: Format) -> None:
+        """weight_format: of all linear layers."""
+        super().__init__()
+        self._library, self._weight_format = library, weight_format
+        self._arena = Arena()
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> PanelLinear:
+        """See DeviceOps."""
+        return PanelLinear(self._library, weight, bias, self._weight_format, self._arena)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +66,8 @@ class CpuAttention:
     def begin_prefill(self, metadata: PrefillMetadata) -> Attend:
         """See AttentionBackend."""
         config = self.config
-        rows = cpu_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
-        chunks = cpu_attention.plan_prefill(
+        rows = eager_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
+        chunks = eager_attention.plan_prefill(
             metadata.query_starts,
             metadata.context_lens,
             metadata.block_tables,
@@ -63,24 +79,24 @@ class CpuAttention:
 
         def attend(qkv: Tensor, parameters: HeadParameters, kv_cache: Tensor) -> Tensor:
             q, k, v = self._heads(qkv, parameters, factors)
-            cpu_attention.store_kv(k, v, kv_cache, rows)
-            return cpu_attention.prefill_attention(q, k, v, kv_cache, chunks).reshape(len(qkv), -1)
+            eager_attention.store_kv(k, v, kv_cache, rows)
+            return eager_attention.prefill_attention(q, k, v, kv_cache, chunks).reshape(len(qkv), -1)
 
         return attend
 
     def begin_decode(self, metadata: DecodeMetadata) -> Attend:
         """See AttentionBackend."""
         config = self.config
-        rows = cpu_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
-        plan = cpu_attention.plan_decode(
+        rows = eager_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
+        plan = eager_attention.plan_decode(
             metadata.block_tables, metadata.context_lens, config.num_kv_heads, config.block_size, config.dtype
         )
         factors = rotation_factors(metadata.positions, config.inv_freq, config.dtype)
 
         def attend(qkv: Tensor, parameters: HeadParameters, kv_cache: Tensor) -> Tensor:
             q, k, v = self._heads(qkv, parameters, factors)
-            cpu_attention.store_kv(k, v, kv_cache, rows)
-            return cpu_attention.decode_attention(q, kv_cache, plan).reshape(len(qkv), -1)
+            eager_attention.store_kv(k, v, kv_cache, rows)
+            return eager_attention.decode_attention(q, kv_cache, plan).reshape(len(qkv), -1)
 
         return attend
 
@@ -94,6 +110,6 @@ class CpuAttention:
         heads = qkv.view(qkv.shape[0], -1, self.config.head_dim)
         qk = heads[:, :num_rotated]
         if parameters.qk_norm is not None:
-            qk = cpu.rms_norm(qk, parameters.qk_norm, self.config.norm_eps)
-        qk = cpu.rope(qk, *factors)
+            qk = eager.rms_norm(qk, parameters.qk_norm, self.config.norm_eps)
+        qk = eager.rope(qk, *factors)
         return qk[:, :num_heads], qk[:, num_heads:], heads[:, num_rotated:]

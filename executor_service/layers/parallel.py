@@ -127,7 +127,10 @@ class RowParallelLinear:
 
 
 class Embedding:
-    """Token embeddings, on every rank or cut along the vocabulary; [n] integers -> [n, hidden_size]."""
+    """Token embeddings, on every rank or cut along the vocabulary; [n] integers -> [n, hidden_size].
+
+    `weight`: [vocab_size, hidden_size], or this rank's part of it.
+    """
 
     def __init__(self, context: LayerContext, name: str, vocab_size: int, hidden_size: int) -> None:
         """name: the layer's full name in the checkpoint."""
@@ -136,19 +139,19 @@ class Embedding:
         self._is_cut = parallel.shards_embedding and parallel.size > 1
         self._span = parallel.vocab_span(vocab_size)
         span = self._span if self._is_cut else None
-        self._weight = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), span)
+        self.weight = context.weights.take(f"{name}.weight", (vocab_size, hidden_size), span)
 
     @property
     def head_weight(self) -> Tensor:
         """The rows of the token ids whose logits this rank computes: [num_ids, hidden_size]."""
         num_ids = self._span.stop - self._span.start
-        return self._weight.narrow(0, 0 if self._is_cut else self._span.start, num_ids)
+        return self.weight.narrow(0, 0 if self._is_cut else self._span.start, num_ids)
 
     def __call__(self, input_ids: Tensor) -> Tensor:
         """input_ids: [n] integers, below vocab_size."""
         if not self._is_cut:
-            return self._weight.index_select(0, input_ids)
+            return self.weight.index_select(0, input_ids)
         rows = input_ids - self._span.start
         is_elsewhere = (rows < 0) | (rows >= self._span.length)
-        embedded = self._weight.index_select(0, rows.clamp(0, self._span.length - 1))
+        embedded = self.weight.index_select(0, rows.clamp(0, self._span.length - 1))
         return self._all_reduce(embedded.masked_fill_(is_elsewhere[:, None], 0))

@@ -38,7 +38,7 @@ def _llama3(inv_freq: Tensor, config: RopeConfig) -> Tensor:
 
 
 def rotation_factors(positions: Tensor, inv_freq: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines, and sines whose first half is negated, as kernels.cpu.rope takes them: [n, 1, head_dim] each.
+    """Cosines, and sines whose first half is negated, as kernels.cpu.eager.rope takes them: [n, 1, head_dim] each.
 
     positions: [n]; inv_freq: [head_dim / 2] float32.
     """

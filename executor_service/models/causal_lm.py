@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from executor_service.layers.attention import Attend, AttentionConfig, HeadParameters
-from executor_service.layers.device import DeviceOps
+from executor_service.layers.device import DeviceOps, Linear
 from executor_service.layers.parallel import (
     Embedding,
     LayerContext,
@@ -23,6 +23,29 @@ from executor_service.models.config import ModelConfig
 from executor_service.weights.checkpoint import Checkpoint, Span
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerParts:
+    """A layer's weights, for a device that runs whole steps instead of `forward`; linear layers are the device's."""
+
+    input_norm: Tensor  # [hidden_size]
+    qkv: Linear
+    heads: HeadParameters
+    attention_out: Linear
+    post_attention_norm: Tensor  # [hidden_size]
+    gate_up: Linear
+    down: Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderParts:
+    """The same of a whole model."""
+
+    embedding: Tensor  # [vocab_size, hidden_size]
+    layers: list[LayerParts]
+    norm: Tensor  # [hidden_size]
+    lm_head: Linear
+
+
 class _Attention:
     """Grouped-query attention of one layer."""
 
@@ -30,7 +53,7 @@ class _Attention:
         self._ops = context.ops
         self._eps = config.rms_norm_eps
         split = split_heads(config.num_heads, config.num_kv_heads, context.parallel.rank, context.parallel.size)
-        self._qkv = QKVParallelLinear(
+        self.qkv = QKVParallelLinear(
             context,
             prefix,
             config.hidden_size,
@@ -46,8 +69,8 @@ class _Attention:
                 context.weights.take(f"{prefix}.{name}.weight", (config.head_dim,)) for name in ("q_norm", "k_norm")
             )
             qk_norm = torch.stack([q_norm] * split.query.length + [k_norm] * split.key_value.length)
-        self._parameters = HeadParameters(self._qkv.bias, qk_norm)
-        self._output = RowParallelLinear(
+        self.parameters = HeadParameters(self.qkv.bias, qk_norm)
+        self.output = RowParallelLinear(
             context,
             f"{prefix}.o_proj",
             config.num_heads * config.head_dim,
@@ -60,8 +83,8 @@ class _Attention:
         self, x: Tensor | None, residual: Tensor, norm: Tensor, kv_cache: Tensor, attend: Attend
     ) -> tuple[Tensor, Tensor]:
         """See _DecoderLayer; norm: [hidden_size], of what stands before."""
-        qkv, residual = self._ops.norm_linear(self._qkv.linear, x, residual, norm, self._eps)
-        return self._output.linear(attend(qkv, self._parameters, kv_cache)), residual
+        qkv, residual = self._ops.norm_linear(self.qkv.linear, x, residual, norm, self._eps)
+        return self.output.linear(attend(qkv, self.parameters, kv_cache)), residual
 
 
 class _DecoderLayer:
@@ -97,6 +120,18 @@ class _DecoderLayer:
         x, residual = self._attention(x, residual, self._input_norm, kv_cache, attend)
         x, residual = self._ops.norm_gate_up(self._gate_up.linear, x, residual, self._post_attention_norm, self._eps)
         return self._down.linear(x), residual
+
+    def parts(self) -> LayerParts:
+        """See LayerParts."""
+        return LayerParts(
+            input_norm=self._input_norm,
+            qkv=self._attention.qkv.linear,
+            heads=self._attention.parameters,
+            attention_out=self._attention.output.linear,
+            post_attention_norm=self._post_attention_norm,
+            gate_up=self._gate_up.linear,
+            down=self._down.linear,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +176,12 @@ class CausalLM(abc.ABC):
         span = self.vocab_span
         shape = self.config.vocab_size, self.config.hidden_size
         return weights.take("lm_head.weight", shape, Span(span.start, span.stop, span.stop - span.start))
+
+    def parts(self) -> DecoderParts:
+        """See DecoderParts."""
+        return DecoderParts(
+            self._embedding.weight, [layer.parts() for layer in self._layers], self._norm, self._lm_head
+        )
 
     def attention_config(self, block_size: int) -> AttentionConfig:
         """What a device's attention needs to know of this rank's part of the model."""

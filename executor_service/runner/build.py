@@ -20,6 +20,11 @@ from servicekit.digest import model_digest
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def dtype_of(config: ExecutorConfig) -> torch.dtype:
+    """Of weights and KV cache."""
+    return _DTYPES[config.dtype]
+
+
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
     """A rank's part of a model on its device, and the sizes that the settings give it."""
@@ -70,7 +75,7 @@ def load(
     config: ExecutorConfig, group: RankGroup, ops: DeviceOps, max_num_seqs: int, max_tokens_per_step: int
 ) -> LoadedModel:
     """Load the model; the last two are what holds where the settings leave them open. Raises: ModelError."""
-    dtype = _DTYPES[config.dtype]
+    dtype = dtype_of(config)
     group.require_same("settings", dataclasses.replace(config, model=model_digest(Path(config.model)), listen=""))
     parallel = dataclasses.replace(group.tensor_parallel(), shards_embedding=config.shard_embedding)
     model = load_model(Path(config.model), dtype=dtype, device_ops=ops, parallel=parallel)
@@ -98,9 +103,11 @@ def build_runner(config: ExecutorConfig, placement: Placement | None = None) -> 
     if placement.size != config.tensor_parallel_size:
         raise UnfitSettings(f"--tensor-parallel-size {config.tensor_parallel_size}, but {placement.size} ranks")
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        from executor_service.runner.cpu_runner import build_cpu_runner
+        from executor_service.runner.cpu_build import build_cpu_runner
 
         return build_cpu_runner(config, RankGroup(placement, torch.device("cpu")))
+    if config.weights != "auto":
+        raise UnfitSettings(f"--weights {config.weights} is for the CPU")
     num_gpus = torch.cuda.device_count()
     if placement.local_size > num_gpus:
         raise UnfitSettings(f"{placement.local_size} ranks need as many GPUs, and PyTorch finds {num_gpus}")

@@ -1,78 +1,32 @@
 """Runs plans on the CPU: slots and step inputs, the model, the sampler, one step after the other."""
 
 import dataclasses
-import os
 import time
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from executor_service.config import ExecutorConfig
-from executor_service.distributed.group import RankGroup
-from executor_service.layers.attention import AttentionBackend
-from executor_service.layers.cpu import CpuAttention, CpuOps
-from executor_service.models import CausalLM
-from executor_service.models.causal_lm import Hidden
 from executor_service.plan import NO_COLUMN, Column, Mask, Plan
-from executor_service.runner.build import load
-from executor_service.runner.kv_cache import (
-    allocate_on_cpu,
-    available_memory_bytes,
-    count_blocks,
-)
+from executor_service.runner.cpu_steps import ComputeLogits, CpuSteps
 from executor_service.runner.ledger import Ledger
 from executor_service.runner.prompt_report import Chunk, report_chunk
 from executor_service.runner.runner import CONTINUES, PromptLogprobs, RunnerInfo, StepLogprobs, StepOutput
 from executor_service.runner.slots import SlotState
 from executor_service.runner.special_rows import find_special_rows, sample_with_special_rows
 from executor_service.runner.step_inputs import decode_inputs, prefill_inputs
-from kernels.sampling import WHOLE_VOCABULARY, VocabularyShard, gather_rows, sample
-
-_MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP = 64, 512  # where the settings leave them open
-
-
-def build_cpu_runner(config: ExecutorConfig, group: RankGroup) -> "CpuRunner":
-    """Load this rank's part of the model and make its KV cache in main memory.
-
-    Sets the number of threads of torch, for the whole process.
-    Raises: ModelError, where the model, the settings and the machine do not fit.
-    """
-    local_ranks = group.placement.local_size
-    num_cores = max(1, len(os.sched_getaffinity(0)) // local_ranks)
-    torch.set_num_threads(num_cores if config.num_threads is None else config.num_threads)
-    loaded = load(config, group, CpuOps(group.tensor_parallel()), _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
-    shape, num_blocks = loaded.cache_shape, config.num_blocks
-    if num_blocks is None:
-        memory_bytes = int(available_memory_bytes() * config.memory_utilization / local_ranks)
-        num_blocks = group.least(
-            count_blocks(shape, memory_bytes, loaded.max_num_seqs, loaded.max_model_len, "--memory-utilization")
-        )
-    info = loaded.info(num_blocks, f"CPU, {torch.get_num_threads()} threads")
-    attention = CpuAttention(loaded.model.attention_config(config.block_size))
-    shard = WHOLE_VOCABULARY
-    if group.placement.size > 1:
-        shard = VocabularyShard(loaded.model.vocab_span.start, group.tensor_parallel().all_gather)
-    return CpuRunner(info, loaded.model, allocate_on_cpu(shape, num_blocks), attention, shard)
+from kernels.sampling import VocabularyShard, gather_rows, sample
 
 
 class CpuRunner:
     """See Runner. Every tensor lives on the device of `kv_caches`."""
 
-    def __init__(
-        self,
-        info: RunnerInfo,
-        model: CausalLM,
-        kv_caches: list[Tensor],
-        attention: AttentionBackend,
-        shard: VocabularyShard,
-    ) -> None:
-        """kv_caches: one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]; shard: what the model's logits
-        are of."""
+    def __init__(self, info: RunnerInfo, steps: CpuSteps, kv_caches: list[Tensor], shard: VocabularyShard) -> None:
+        """kv_caches: those of `steps`, one a layer, [num_blocks, num_kv_heads, 2, block_size, head_dim]; shard: what
+        its logits are of."""
         self._info = info
-        self._model = model
+        self._steps = steps
         self._kv_caches = kv_caches
-        self._attention = attention
         self._shard = shard
         self.reset()
 
@@ -110,11 +64,12 @@ class CpuRunner:
     def _prefill(self, plan: Plan, masks: dict[int, Mask]) -> StepOutput:
         start_ns = time.perf_counter_ns()
         inputs = prefill_inputs(plan, self._slots, self._info.limits.block_size)
-        attend = self._attention.begin_prefill(inputs.metadata)
-        hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
+        compute_logits = self._steps.prefill(inputs)
         self._slots.prefilled(inputs.slots, inputs.ends)
-        prompt_logprobs = self._report_prompts(plan, hidden) if self._slots.prompt_reports else []
-        sampled = self._sample_next(inputs.sampling_slots, hidden.select(inputs.sampling_rows), masks)
+        prompt_logprobs = self._report_prompts(plan, compute_logits) if self._slots.prompt_reports else []
+        sampled = _NOTHING
+        if len(inputs.sampling_slots):
+            sampled = self._sample_next(inputs.sampling_slots, compute_logits(inputs.sampling_rows), masks)
         if self._slots.prompt_reports:
             self._slots.end_prompts(inputs.sampling_slots.tolist())
         return _output(plan.step_id, plan.iterations > 0, sampled, start_ns, prompt_logprobs)
@@ -127,16 +82,15 @@ class CpuRunner:
         if not len(slots):
             return _output(step_id, False, _NOTHING, start_ns)
         inputs = decode_inputs(self._slots, self._info.limits.block_size)
-        attend = self._attention.begin_decode(inputs.metadata)
-        hidden = self._model.forward(inputs.input_ids, self._kv_caches, attend)
+        logits = self._steps.decode(inputs)
         self._slots.prefilled(slots, inputs.metadata.positions + 1)
-        return _output(step_id, False, self._sample_next(slots, hidden, masks), start_ns)
+        return _output(step_id, False, self._sample_next(slots, logits, masks), start_ns)
 
-    def _report_prompts(self, plan: Plan, hidden: Hidden) -> list[PromptLogprobs]:
-        """Of the plan's chunks; hidden: of all their tokens."""
+    def _report_prompts(self, plan: Plan, compute_logits: ComputeLogits) -> list[PromptLogprobs]:
+        """Of the plan's chunks; compute_logits: of all their tokens."""
 
-        def compute_logits(rows: Tensor) -> Tensor:
-            return gather_rows(self._model.compute_logits(hidden.select(rows)).float(), self._shard)
+        def compute_whole_rows(rows: Tensor) -> Tensor:
+            return gather_rows(compute_logits(rows), self._shard)
 
         parts = []
         counts = plan.prefill_counts
@@ -145,15 +99,12 @@ class CpuRunner:
             report, known = self._slots.prompt_reports.get(chunk.slot), self._slots.known_token_ids[chunk.slot]
             if report:
                 assert known is not None, "the ledger admits chunks of occupied slots only"
-                part = report_chunk(report, chunk, known, self._info.limits.vocab_size, compute_logits)
+                part = report_chunk(report, chunk, known, self._info.limits.vocab_size, compute_whole_rows)
                 parts += [part] if part else []
         return parts
 
-    def _sample_next(self, slots: Tensor, hidden: Hidden, masks: dict[int, Mask]) -> "_Sampled":
-        """Choose the next token of each slot; slots: [n] int64, and a row of hidden for each."""
-        if not len(slots):
-            return _NOTHING
-        logits = self._model.compute_logits(hidden).float()
+    def _sample_next(self, slots: Tensor, logits: Tensor, masks: dict[int, Mask]) -> "_Sampled":
+        """Choose the next token of each slot; slots: [n] int64; logits: [n, size of the shard] float32."""
         # A sum is finite only where every term is.
         is_finite = self._shard.gather(logits.sum(-1, keepdim=True)).isfinite().all(-1)
         for slot, report in self._slots.prompt_reports.items():

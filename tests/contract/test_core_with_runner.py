@@ -14,7 +14,8 @@ from executor_service.config import ExecutorConfig
 from executor_service.distributed.group import RankGroup
 from executor_service.distributed.placement import Placement
 from executor_service.plan import decode_plan
-from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
+from executor_service.runner.cpu_runner import CpuRunner
 from executor_service.session import _encode
 from protos.duet.executor.v1 import executor_pb2 as pb
 from scheduler_service.core.epoch import ExecutorLimits

@@ -20,7 +20,7 @@ assert tokens.shape == (1, 5), tokens.shape
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
-import kernels.cpu, kernels.cpu_attention, kernels.reference
+import kernels.cpu.eager, kernels.cpu.eager_attention, kernels.cpu.engine, kernels.reference
 assert not any(name.split(".")[0] in ("executor_service", "scheduler_service") for name in sys.modules)
 """
 

@@ -12,7 +12,8 @@ from transformers import LlamaForCausalLM
 from executor_service.config import ExecutorConfig
 from executor_service.plan import InvalidPlan, Sampling
 from executor_service.runner import kv_cache
-from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
+from executor_service.runner.cpu_runner import CpuRunner
 from executor_service.runner.runner import LENGTH, STOPPED
 from tests.unit.runner_harness import (
     ALONE,

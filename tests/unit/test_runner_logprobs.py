@@ -1,7 +1,7 @@
 """Log-probabilities that the CPU runner reports, against log_softmax of transformers' logits."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from executor_service.models.causal_lm import Hidden
 from executor_service.plan import NewSequence
 from executor_service.runner import prompt_report
-from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
+from executor_service.runner.cpu_runner import CpuRunner
+from executor_service.runner.cpu_steps import ComputeLogits
+from executor_service.runner.step_inputs import PrefillInputs
 from tests.unit.runner_harness import (
     ALONE,
     GREEDY,
@@ -171,36 +173,47 @@ def test_tokens_generated_before_a_preemption_are_not_of_the_prompt(
     check(core.prompt_logprobs[0], log_softmax(oracle, A)[:8], A[1:9], width=4)
 
 
+def change_logits(
+    runner: CpuRunner, monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """change: (rows, their logits) of a prefill -> other logits."""
+    prefill = runner._steps.prefill
+
+    def changed_prefill(inputs: PrefillInputs) -> ComputeLogits:
+        compute = prefill(inputs)
+        return lambda rows: change(rows, compute(rows))
+
+    monkeypatch.setattr(runner._steps, "prefill", changed_prefill)
+
+
 def test_logits_of_a_prompt_are_computed_for_a_few_rows_at_once(
     runner: CpuRunner, oracle: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows: list[int] = []
-    compute = runner._model.compute_logits
+    asked: list[int] = []
 
-    def compute_logits(hidden: Hidden) -> Tensor:
-        rows.append(len(hidden.x))
-        return compute(hidden)
+    def note(rows: Tensor, logits: Tensor) -> Tensor:
+        asked.append(len(rows))
+        return logits
 
-    monkeypatch.setattr(runner._model, "compute_logits", compute_logits)
+    change_logits(runner, monkeypatch, note)
     monkeypatch.setattr(prompt_report, "_MAX_LOGITS", 7 * VOCAB_SIZE)
     core = Core(runner)
     core.run([asking(0, B)], **chunks((0, 0, 30, 1)))
-    assert rows == [7, 7, 7, 7, 1, 1]  # of 29 positions, and of the first token
+    assert asked == [7, 7, 7, 7, 1, 1]  # of 29 positions, and of the first token
     check(core.prompt_logprobs[0], log_softmax(oracle, B)[:-1], B[1:], width=4)
 
 
 def test_a_prompt_with_a_logit_that_is_not_finite_fails_its_slot_alone(
     runner: CpuRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compute, is_bad = runner._model.compute_logits, True
+    is_bad = True
 
-    def compute_logits(hidden: Hidden) -> Tensor:
-        logits = compute(hidden)
+    def spoil(rows: Tensor, logits: Tensor) -> Tensor:
         if is_bad:
             logits[-1, 3] = torch.inf
         return logits
 
-    monkeypatch.setattr(runner._model, "compute_logits", compute_logits)
+    change_logits(runner, monkeypatch, spoil)
     core = Core(runner)
     core.run([asking(0, B), sequence(1, A, [30, 31, 32])], **chunks((0, 0, 11, 0), (1, 0, 5, 0)))
     is_bad = False

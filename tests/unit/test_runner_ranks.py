@@ -14,7 +14,7 @@ from executor_service.config import ExecutorConfig
 from executor_service.distributed.group import RankGroup
 from executor_service.distributed.placement import Placement, local_environments
 from executor_service.plan import Sampling
-from executor_service.runner.cpu_runner import build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
 from tests.unit.runner_harness import ALONE, GREEDY, Core, chunks, column, prompt, save_tiny_llama, sequence
 from tests.unit.runner_harness import tiny_settings as settings_of
 

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 from transformers.generation import logits_process as theirs
 
 from executor_service.plan import InvalidPlan, Sampling
-from executor_service.runner.cpu_runner import CpuRunner, build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
+from executor_service.runner.cpu_runner import CpuRunner
 from executor_service.runner.runner import STOPPED
 from kernels import reference
 from tests.unit.runner_harness import (

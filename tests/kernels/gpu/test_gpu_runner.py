@@ -19,7 +19,7 @@ from executor_service.layers.cuda import CudaOps
 from executor_service.layers.cuda_attention import TritonAttention
 from executor_service.plan import InvalidPlan, NewSequence, Plan, Sampling
 from executor_service.runner.build import load
-from executor_service.runner.cpu_runner import build_cpu_runner
+from executor_service.runner.cpu_build import build_cpu_runner
 from executor_service.runner.gpu import buffers as gpu_buffers
 from executor_service.runner.gpu import gpu_runner
 from executor_service.runner.gpu.gpu_runner import GpuRunner
@@ -189,7 +189,7 @@ def test_a_slot_without_finite_logits_fails_alone_and_its_blocks_harm_nobody(run
     """Its blocks hold NaN afterwards; the next holder of them must not see it."""
     good = [plan(1, [sequence(1, PROMPTS[0], [2])], **chunk([1], [0], [5], [1])), plan(2, [], 2, join_slots=[1])]
     expected = [o.token_ids.tolist() for o in run(oracle, good)]
-    embedding = runner._graphs._program._model._embedding._weight
+    embedding = runner._graphs._program._model._embedding.weight
     spoiled = embedding[149].clone()
     embedding[149] = torch.nan
     outputs = run(runner, [

@@ -282,7 +282,7 @@ def test_a_special_row_without_finite_logits_fails_alone(value: float, runner: G
     other = asks(presence_penalty=1.0, num_logprobs=2)
     expected = run(runner, decoding([other]))
     runner.reset()
-    embedding = runner._graphs._program._model._embedding._weight
+    embedding = runner._graphs._program._model._embedding.weight
     embedding[149] = value
     bad = asks(EVERYTHING, banned_token_ids=range(100, 160), num_prompt_logprobs=2)
     first, second, *rest = decoding([other])

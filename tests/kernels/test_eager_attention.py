@@ -12,7 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import cpu_attention, reference
+from kernels import reference
+from kernels.cpu import eager_attention
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -77,8 +78,8 @@ class Paged:
         return q, k, v
 
     def store(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        rows = cpu_attention.cache_rows(slot_mapping, self.shape.num_kv_heads, self.shape.block_size)
-        cpu_attention.store_kv(k, v, self.kv_cache, rows)
+        rows = eager_attention.cache_rows(slot_mapping, self.shape.num_kv_heads, self.shape.block_size)
+        eager_attention.store_kv(k, v, self.kv_cache, rows)
 
 
 @both_dtypes
@@ -117,15 +118,15 @@ def check_decode(shape: Shape, context_lens: list[int], dtype: torch.dtype, seed
     paged = Paged.random(shape, context_lens, dtype, seed)
     q, _, _ = paged.heads(len(context_lens), seed)
     lengths = torch.tensor(context_lens, dtype=torch.int32)
-    plan = cpu_attention.plan_decode(paged.block_tables, lengths, shape.num_kv_heads, shape.block_size, dtype)
-    actual = cpu_attention.decode_attention(q, paged.kv_cache, plan)
+    plan = eager_attention.plan_decode(paged.block_tables, lengths, shape.num_kv_heads, shape.block_size, dtype)
+    actual = eager_attention.decode_attention(q, paged.kv_cache, plan)
     expected = reference.paged_decode_attention(q, paged.kv_cache, paged.block_tables, lengths)
     torch.testing.assert_close(actual, expected, **TOLERANCE[dtype])
 
 
 def test_very_different_lengths_are_not_padded_to_the_longest():
     lengths = torch.tensor([4000, 10, 4000, 12, 11], dtype=torch.int32)
-    plan = cpu_attention.plan_decode(torch.zeros(5, 63, dtype=torch.int32), lengths, 1, 64, torch.float32)
+    plan = eager_attention.plan_decode(torch.zeros(5, 63, dtype=torch.int32), lengths, 1, 64, torch.float32)
     gathered_blocks = sum(len(group.planes) for group in plan.groups) // 2
     assert gathered_blocks == 63 * 2 + 3
 
@@ -149,8 +150,8 @@ def test_prefill_attention_matches_the_oracle_with_and_without_cached_prefixes(
     slots = torch.cat([paged.slots(i, cached, cached + count) for i, (cached, count) in enumerate(chunks)])
     paged.store(k, v, slots)
     step = (tuple(query_starts), tuple(context_lens), paged.block_tables)
-    plan = cpu_attention.plan_prefill(*step, shape.num_kv_heads, shape.block_size, dtype)
-    actual = cpu_attention.prefill_attention(q, k, v, paged.kv_cache, plan)
+    plan = eager_attention.plan_prefill(*step, shape.num_kv_heads, shape.block_size, dtype)
+    actual = eager_attention.prefill_attention(q, k, v, paged.kv_cache, plan)
     torch.testing.assert_close(actual, reference.paged_prefill_attention(q, paged.kv_cache, *step), **TOLERANCE[dtype])
 
 
@@ -164,8 +165,8 @@ def test_a_prompt_attends_alike_whole_and_in_chunks(shape: Shape, cuts: list[int
         rows = slice(start, end)
         paged.store(k[rows], v[rows], paged.slots(0, start, end))
         step = ((0, end - start), (end,), paged.block_tables)
-        plan = cpu_attention.plan_prefill(*step, shape.num_kv_heads, shape.block_size, torch.float32)
-        return cpu_attention.prefill_attention(q[rows], k[rows], v[rows], paged.kv_cache, plan)
+        plan = eager_attention.plan_prefill(*step, shape.num_kv_heads, shape.block_size, torch.float32)
+        return eager_attention.prefill_attention(q[rows], k[rows], v[rows], paged.kv_cache, plan)
 
     whole = run(0, 100)
     bounds = [0, *cuts, 100]
