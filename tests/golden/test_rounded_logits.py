@@ -14,6 +14,7 @@ from tests.golden.oracle import Oracle
 BOUNDS = {"bfloat16": (0.001, 0.97), "int8 weights, bfloat16": (0.08, 0.78), "int8 weights, float32": (0.08, 0.78)}
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 def test_rounded_weights_predict_nearly_what_float32_predicts(oracle: Oracle) -> None:
     num_threads = torch.get_num_threads()

@@ -99,7 +99,14 @@ def test_int8_weights_are_refused_on_a_gpu(model: Path, monkeypatch: pytest.Monk
         build_runner(tiny_settings(model, device="cuda", weights="int8"))
 
 
+@pytest.fixture
+def quick_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled does not matter here."""
+    monkeypatch.setattr(library_build, "OPTIONS", ("-std=c11", "-O0", "-w", "-D_GNU_SOURCE"))
+
+
 @needs_gcc
+@pytest.mark.usefixtures("quick_build")
 def test_a_build_that_is_there_is_used_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = library_build.build(LEVELS[-1], tmp_path)
     monkeypatch.setattr(library_build.shutil, "which", lambda name: None)
@@ -109,6 +116,7 @@ def test_a_build_that_is_there_is_used_without_a_compiler(tmp_path: Path, monkey
 
 
 @needs_gcc
+@pytest.mark.usefixtures("quick_build")
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_build, "LIBRARIES", ("-lno-such-library",))
     with pytest.raises(library_build.BuildError, match="no-such-library"):

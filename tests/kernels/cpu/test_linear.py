@@ -54,7 +54,12 @@ def test_a_linear_layer_is_the_product_of_rounded_inputs_and_weights(
     expected = rounded(x, weight_format).double() @ rounded(weight, weight_format).double().T
     expected = (expected + (0 if bias is None else bias)).float()
     actual = pack(library, weight, weight_format, bias)(x)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3 if weight_format is Format.INT8 else 1e-4)
+    if weight_format is Format.INT8:
+        # A value halfway between two integers may become either, a step of at most 1/32, times a weight of at most 4.
+        assert (actual - expected).norm() < 5e-3 * expected.norm()
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1 / 8)
+    else:
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @every_format
