@@ -184,7 +184,10 @@ class Frontends:
                 choices = known
             else:
                 choices = read_submission(message, outbox, self._engine.status.model)
-                pool.submit(*choices)
+                if known is None:
+                    pool.submit(*choices)
+                else:  # it was here, and is generated anew
+                    pool.adopt(*choices)
             for one in self._connections:  # a merge may put another object behind another front end's stream
                 one.take_on(choices)
         except DuetError as error:

@@ -84,7 +84,7 @@ def merge(pool: RequestPool, choices: Sequence[Request], resubmitted: Sequence[R
     """
     by_index = {request.choice_index: request for request in choices}
     pairs = [(by_index.get(other.choice_index), other) for other in resubmitted]
-    if not all(_is_same(request, other) for request, other in pairs if request is not None):
+    if not _is_same(choices[0], resubmitted[0]):
         raise DuplicateRequest(f"request_id {choices[0].request_id!r} is in use", field="request_id")
     retained, asked_at = pool.retained.get(choices[0].key), resubmitted[0].arrival_time
     is_late = retained is not None and asked_at < retained.asked_at
@@ -115,7 +115,7 @@ def _lend_tokens(pool: RequestPool, request: Request, other: Request) -> None:
 
 
 def _is_same(request: Request, other: Request) -> bool:
-    """Whether two choices by one id are one; what they generated may differ at near ties."""
+    """Whether two choices by one id are of one request; what was generated may differ at near ties."""
     prompts = [one.token_ids[: one.num_prompt_tokens] for one in (request, other)]
     return prompts[0] == prompts[1] and (request.sampling, request.constraint) == (other.sampling, other.constraint)
 

@@ -1,6 +1,8 @@
 """Draining a server: by its AdminService, which is not everybody's, and by SIGTERM, which ends it."""
 
 import asyncio
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from protos.duet.admin.v1 import admin_pb2 as admin_pb
 from protos.duet.inference.v1 import inference_pb2 as pb
 from scheduler_service.errors import NotAdmitted
 from scheduler_service.frontend.admin import AdminService, UnusableSecret, read_secret
+from servicekit.supervisor import EXIT_GAVE_UP
 from tests.contract.frontend_harness import details, failure, fields_at_fault, joined, rest
 from tests.contract.service_harness import TOKENS, Front, Service, read_until, running_service
+from tests.small_model import write_model
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 COUNT = 40
@@ -209,6 +213,17 @@ def test_a_secret_that_is_not_there_or_empty_keeps_the_server_from_starting(
         file.write_text(content)
     with pytest.raises(UnusableSecret, match=str(file)):
         read_secret(str(file))
+
+
+def test_without_its_secret_a_front_end_ends_for_good_and_says_why_in_one_line(tmp_path: Path) -> None:
+    """Open to whoever is on the loopback is not what was asked for."""
+    command = [sys.executable, "-m", "scheduler_service.frontend", "--model", str(write_model(tmp_path / "tiny"))]
+    options = ["--listen", "127.0.0.1:0", "--core-socket", str(tmp_path / "core.sock")]
+    secret = ["--admin-secret-file", str(tmp_path / "secret")]
+    ended = subprocess.run([*command, *options, *secret], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == EXIT_GAVE_UP
+    assert ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"the admin secret in {tmp_path / 'secret'} cannot be read")
 
 
 # --- SIGTERM ------------------------------------------------------------------------------------------------------

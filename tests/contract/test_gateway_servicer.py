@@ -248,6 +248,12 @@ async def test_health_is_that_of_the_executor_session(world: World):
     assert answer.message
 
 
+async def test_a_server_that_drains_is_not_healthy(world: World):
+    world.generator.is_draining = True
+    answer = await world.stub.HealthCheck(vllm.HealthCheckRequest())
+    assert (answer.healthy, answer.message) == (False, "the server is draining")
+
+
 async def test_the_model_is_described(world: World):
     info = await world.stub.GetModelInfo(vllm.GetModelInfoRequest())
     assert (info.served_model_name, info.is_generation, info.vocab_size) == ("tiny", True, 400)

@@ -15,11 +15,18 @@ from executor_service.runner.runner import CONTINUES, LENGTH, STOPPED
 EMPTY_PREFIX = 0
 CONSTRAINED_TOP_K = 3  # how a request of the model check says that it is constrained; no other has it
 NUM_BITS = 31
+MAX_CHOICES = 2  # of a request
 
 
-def mask_for(seed: int, generated: tuple[int, ...], vocab_size: int) -> int:
-    """The only right mask after these tokens of a request; 0 where its text is complete."""
-    value = hash((seed, generated, 11))
+def name_of(seed: int, choice_index: int) -> int:
+    """What the fakes know a choice by: no two requests have one seed."""
+    return MAX_CHOICES * seed + choice_index
+
+
+def mask_for(name: int, generated: tuple[int, ...], vocab_size: int) -> int:
+    """The only right mask after these tokens of a choice; 0 where its text is complete."""
+    owner = name if generated else name // MAX_CHOICES  # the choices of a request begin under one mask
+    value = hash((owner, generated, 11))
     if value % 11 == 0:
         return 0
     allowed = 1 + (value >> 3) % ((1 << vocab_size) - 1)
@@ -42,9 +49,9 @@ def extend_hash(prefix: int, token: int) -> int:
     return hash((prefix, token))
 
 
-def next_value(prefix: int, seed: int) -> int:
+def next_value(prefix: int, name: int) -> int:
     """What `choose` makes the next token of: the deterministic stand-in for model and sampler."""
-    return hash((prefix, seed, 7))
+    return hash((prefix, name, 7))
 
 
 def finish_reason(token: int, num_tokens: int, stop_token_ids: set[int], max_total_tokens: int) -> int:
@@ -58,7 +65,8 @@ def finish_reason(token: int, num_tokens: int, stop_token_ids: set[int], max_tot
 class Sequence:
     """What stands in a slot."""
 
-    seed: int  # unlike any other request's, so it names the request
+    name: int  # of its choice: see name_of
+    seating: int  # counts the sequences that this executor was given
     is_constrained: bool
     num_prompt_tokens: int
     tokens: list[int]
@@ -69,6 +77,8 @@ class Sequence:
     blocks: list[int]
     rows: list[int]  # [len(blocks) * block_size] where each position's KV entry lies
     num_planned: int  # positions that plans have covered
+    num_logprobs: int = 0
+    num_prompt_logprobs: int = 0
     done: bool = False
     damaged: bool = False  # it read a damaged row
 

@@ -9,6 +9,25 @@ from tests.property.session_driver import SessionRun
 MAX_RUNS_TO_NOTICE = 600
 
 
+def given_to(*disturbances: str) -> Callable[[int], SessionRun]:
+    """Runs that are often disturbed by these methods of SessionRun alone, and whose clients all come back."""
+
+    def make_run(seed: int) -> SessionRun:
+        run = SessionRun(seed)
+        run.disturbance, run.detachable = 0.1, 1.0
+        run.disturbances = [getattr(run, name) for name in disturbances]
+        return run
+
+    return make_run
+
+
+def full_of_poison(seed: int) -> SessionRun:
+    """A run whose requests are often such that executors die of them, and whose executors die of nothing else."""
+    run = given_to("leave")(seed)
+    run.poisonous = 0.3
+    return run
+
+
 def assert_noticed(make_run: Callable[[int], SessionRun] = SessionRun) -> None:
     """Some run fails, and by an assertion: that the core stumbles over its own state is not enough."""
     for seed in range(MAX_RUNS_TO_NOTICE):

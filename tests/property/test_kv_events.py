@@ -12,7 +12,7 @@ from hypothesis.stateful import initialize, invariant, rule, run_state_machine_a
 from scheduler_service.core import kv_events
 from scheduler_service.core.kv_events import KvEventLog
 from scheduler_service.core.prefix_cache import PrefixCache, extend_digests
-from scheduler_service.ipc import KvCleared, KvEvents, KvRemoved, KvStored
+from scheduler_service.kv_messages import KvCleared, KvEvents, KvRemoved, KvStored
 from tests.property.block_manager_machine import BlockManagerMachine
 
 Tokens = tuple[int, ...]
