@@ -15,7 +15,7 @@ from executor_service.models.causal_lm import Hidden
 
 def main(argv: Sequence[str]) -> None:
     """Run four plans, told by what they hold."""
-    executor = Executor(model_directory(argv))
+    executor = Executor(model_directory(argv), cpu_kernels="torch")  # whose layers can be looked at from Python
     long, short = executor.sequence(0, "The capital of France is the city of"), executor.sequence(1, "One, two,")
     chunked = executor.sequence(2, "The capital of Italy is the city of")
     patches = _observed()

@@ -75,14 +75,17 @@ def test_request_that_comes_while_there_is_no_executor_waits_for_one(mortal_serv
     mortal_server.assert_serves()
 
 
-def test_streams_of_a_killed_core_fail_as_unavailable_and_the_next_core_serves(mortal_server: System) -> None:
+def test_streams_outlive_a_core_and_the_next_one_serves(mortal_server: System) -> None:
     server = mortal_server
     before = server.pids()
-    with server.endless() as call:
-        killed = kill(server, "scheduler_service.core")
-        refusal = refusal_of(call)
-    assert refusal.code is grpc.StatusCode.UNAVAILABLE
-    assert refusal.retry_after_s
+    request = generate_request([1, 2, 3], max_tokens=300, sampling=SEEDED)
+    undisturbed = tokens_of(server.stub.Generate(request))
+    call = server.stub.Generate(request)
+    first = [next(call), next(call)]
+    killed = kill(server, "scheduler_service.core")
+    stream = [*first, *call]
+    assert tokens_of(iter(stream)) == undisturbed
+    assert stream[-1].finished.usage.recoveries == 1
     wait_until_served(server)
     server.assert_serves()
     after = server.pids()
