@@ -28,6 +28,7 @@ SEEDED = SamplingParams(temperature=0.8, top_p=0.95, top_k=50, seed=1234, ignore
 SAMPLED_PROMPTS = 6
 SAMPLED_COPIES = 3  # so many that they fill the cache of the scenario with few blocks, even where they come slowly
 BLOCK_SIZE = 64  # the default
+MOST_ATTEMPTS = 6  # to meet preemption
 SPARE_BLOCKS = 4  # beside the longest sequence, where requests shall be preempted
 
 pytestmark = pytest.mark.timeout(600)
@@ -203,10 +204,16 @@ def test_a_token_budget_of_sixteen_changes_no_token(
 def test_preemption_changes_no_token(start: Callable[..., LLM], prompts: dict[str, list[int]], checks: Checks) -> None:
     block_size = 16
     longest = max(map(len, prompts.values())) + NUM_TOKENS[checks.num_ranks]
+    greedy = sampled = 0  # preemptions
     with start(block_size=block_size, num_blocks=-(-longest // block_size) + SPARE_BLOCKS) as llm:
-        outputs, sampled = checks.scenario("so few blocks that requests are preempted", llm, prompts)
+        for attempt in range(1, MOST_ATTEMPTS + 1):  # on a busy machine requests may come so slowly that all find room
+            name = f"so few blocks that requests are preempted, attempt {attempt}"
+            outputs = checks.scenario(name, llm, prompts)
+            greedy, sampled = (sum(output.preemptions for output in each) for each in outputs)
+            if greedy and sampled:
+                break
         with Client(llm.address) as client:
             load = client.server().load
-    assert sum(output.preemptions for output in outputs) > 0
-    assert sum(output.preemptions for output in sampled) > 0
+    assert greedy > 0
+    assert sampled > 0
     assert load.used_blocks == 0
