@@ -84,12 +84,6 @@ class Engine:
             draining=self.pool.is_draining,
         )
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Most tokens of one sequence on the last executor."""
-        assert self._model is not None
-        return min(self._model.max_model_len, self._model.max_cache_tokens)
-
     def load(self) -> Load:
         """A snapshot of the pool."""
         return load_of(self.pool, time.monotonic() - self._started_at)

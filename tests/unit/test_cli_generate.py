@@ -15,7 +15,6 @@ from tests.unit.cli_harness import at_once
 from tests.unit.fake_inference import ServerThread, expected_tokens
 
 FIRST_PARAMS = SamplingParams(temperature=0.2)
-BIASES = {5: 1.5, 6: -2, 7: 1}
 SCHEMA = '{"type": "object"}'
 
 # For each field: flags, the same as JSON, the same in Python.

@@ -1,6 +1,7 @@
 """Starts the scheduler service and the executor service on this machine, both from this Python environment."""
 
 import argparse
+import contextlib
 import math
 import os
 import socket
@@ -119,11 +120,9 @@ def wait_for_session(address: str, is_stopped: Callable[[], bool], timeout_s: fl
     deadline = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
     with Client(address) as client:
         while not is_stopped() and time.monotonic() < deadline:
-            try:
+            with contextlib.suppress(Unavailable):  # its port does not listen yet, or again
                 if client.server().ready:
                     return True
-            except Unavailable:
-                pass  # its port does not listen yet, or again: asked once more below
             time.sleep(_POLL_S)
     return False
 

@@ -19,11 +19,6 @@ class StreamOrder:
         self._choices = [_Choice(index) for index in range(num_choices)]
 
     @property
-    def has_begun(self) -> bool:
-        """Whether an event was taken, in whatever call."""
-        return bool(self._seen)
-
-    @property
     def is_whole(self) -> bool:
         """Whether every choice has ended."""
         return all(choice.has_ended for choice in self._choices)
