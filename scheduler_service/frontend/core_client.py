@@ -40,6 +40,7 @@ class CoreClient:
         self.changed = asyncio.Event()  # set, and replaced by a new one, at each change of `status`
         self._path = path
         self._max_pause_s = max_pause_s
+        self._drains = False  # what the core last said, this one or the one before
         self._writer: asyncio.StreamWriter | None = None
         self._streams: dict[int, TokenStream] = {}  # those that have not ended
         self._holdings: dict[int, Holding] = {}  # by the number of the first stream
@@ -202,6 +203,8 @@ class CoreClient:
                 if self._writer is None:  # the first status opens the connection for requests
                     self._writer = writer
                     self._resubmit(writer)
+                    message = self._go_on_draining(message, writer)
+                self._drains = message.draining
                 self._set_status(message)
             case ipc.CancelReply() | ipc.DrainReply() | ipc.LoadReply():
                 future = self._calls.get(message.call)
@@ -247,6 +250,13 @@ class CoreClient:
         for stream in self._streams.values():
             if stream.is_stopped:
                 writer.write(ipc.encode_frame(ipc.Stop(stream.number)))
+
+    def _go_on_draining(self, status: ipc.EngineStatus, writer: asyncio.StreamWriter) -> ipc.EngineStatus:
+        """Have a core drain that takes the place of one that did; returns its status, as it will be."""
+        if not self._drains or status.draining:
+            return status
+        writer.write(ipc.encode_frame(ipc.Drain(self._next_number(), None)))  # whose answer nobody waits for
+        return msgspec.structs.replace(status, draining=True)
 
     def _fail_streams(self, error: DuetError) -> None:
         streams, self._streams = self._streams, {}

@@ -392,3 +392,24 @@ async def test_what_the_next_core_refuses_ends_the_stream_with_its_error(world: 
     world.core.outputs(submit.streams[0], failed=[failed])
     error = await failure(call)
     assert (error.code(), error.details()) == (grpc.StatusCode.ABORTED, "elsewhere")
+
+
+async def draining_becomes(world: World, draining: bool) -> None:
+    while world.frontend.core.status is None or world.frontend.core.status.draining != draining:
+        await world.frontend.core.changed.wait()
+
+
+async def test_a_core_that_drained_is_followed_by_one_that_drains(world: World) -> None:
+    world.core.set_status(msgspec.structs.replace(READY, draining=True))
+    await draining_becomes(world, True)
+    world.core.status = READY  # what the next core says of itself
+    await next_core(world)
+    assert (await world.core.hear(ipc.Drain)).limit_s is None
+    assert (await world.stub.GetServer(pb.GetServerRequest())).draining
+    world.core.set_status(msgspec.structs.replace(READY, draining=True))
+    world.core.set_status(READY)  # somebody has cancelled it
+    await draining_becomes(world, False)
+    await next_core(world)
+    call = world.stub.Generate(pb.GenerateRequest(text="the fox"))
+    await world.core.hear(ipc.Submit)  # and no Drain before
+    call.cancel()

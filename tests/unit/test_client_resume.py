@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import types
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -351,7 +352,7 @@ def test_an_interrupt_between_two_attempts_cancels_too(
     def interrupted(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(duet.client.time, "sleep", interrupted)
+    monkeypatch.setattr(duet.client, "time", types.SimpleNamespace(sleep=interrupted))
     service.script = breaking(2, BREAKS["UNAVAILABLE"])
     with pytest.raises(KeyboardInterrupt):
         client.generate("x", PARAMS, detach_seconds=30, request_id="mine")

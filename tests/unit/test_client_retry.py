@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+import types
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -193,7 +194,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now_s = 1000.0
-        monkeypatch.setattr(retry.time, "monotonic", lambda: self.now_s)
+        monkeypatch.setattr(retry, "time", types.SimpleNamespace(monotonic=lambda: self.now_s))
 
     def fail(self, resumptions: Resumptions, times: int, error: DuetError = GONE) -> list[float | None]:
         """So many attempts that fail at once, each after the delay of the one before."""
