@@ -3,10 +3,6 @@
 import contextlib
 import shutil
 import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,34 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from duet import Client, SamplingParams
 from duet.launch import wait_for_session
-from tests.e2e.conftest import FLAGS
+from tests.e2e.services import executor, free_addresses, listens, scheduler
 from tests.e2e.system import wait_until
 
 PARAMS = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True)
 PROMPTS = [[number, 7, 9] for number in range(5, 9)]
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
-@contextlib.contextmanager
-def running(module: str, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
-    process = subprocess.Popen([sys.executable, "-m", module, *flags])
-    try:
-        yield process
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def executor(model: Path, address: str) -> "contextlib.AbstractContextManager[subprocess.Popen[bytes]]":
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in FLAGS.items()]
-    return running("executor_service", "--model", str(model), "--listen", address, "--num-blocks=512", *flags)
 
 
 @pytest.fixture
@@ -60,12 +33,10 @@ def other_weights(tiny_model: Path, tmp_path: Path) -> Path:
 def test_streams_go_on_while_executors_of_the_same_weights_replace_each_other(
     tiny_model: Path, other_weights: Path
 ) -> None:
-    port, *executor_ports = free_ports(4)
-    address, (first, second, other) = f"127.0.0.1:{port}", [f"127.0.0.1:{number}" for number in executor_ports]
-    scheduler_flags = ["--model", str(tiny_model), "--listen", address, "--executor", f"{first},{other},{second}"]
+    address, first, second, other = free_addresses(4)
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(executor(tiny_model, first))
-        stack.enter_context(running("scheduler_service", *scheduler_flags))
+        stack.enter_context(scheduler(tiny_model, address, first, other, second))
         assert wait_for_session(address, lambda: False, 60)
         stack.enter_context(executor(tiny_model, second))
         stack.enter_context(executor(other_weights, other))
@@ -83,9 +54,3 @@ def test_streams_go_on_while_executors_of_the_same_weights_replace_each_other(
     assert [output.token_ids for output in outputs] == undisturbed
     assert [output.recoveries for output in outputs] == [1] * len(PROMPTS)
     assert (server.ready, server.epoch) == (True, 2), "the executor of other weights was refused, the third one taken"
-
-
-def listens(address: str) -> bool:
-    host, port = address.split(":")
-    with socket.socket() as probe:
-        return probe.connect_ex((host, int(port))) == 0
