@@ -35,6 +35,7 @@ class _Group:
 
     processes: list[ChildProcess]
     failed_starts: int = 0  # in a row
+    early_ends: int = 0  # the same, and those that were ready for a short time only
     start_at: float = 0.0  # time.monotonic() seconds
     was_ready: bool = False  # all of them, at any start
     first_ended: ChildProcess | None = None  # the others of this start have been killed for it
@@ -62,10 +63,11 @@ class _Group:
 class Supervisor:
     """Starts children and restarts those that die or hang.
 
-    A start whose child ends before it was ready, or less than `stable_s` after, is a failed one: the next waits
-    0.1 s, twice as long each time, 5 s at most, and after `max_failed_starts` in a row the supervisor gives up. A child
-    that was ready for longer is restarted at once and ends the row. A child that exits with EXIT_GAVE_UP ends the
-    supervisor too. `on_ready` is called once, when every child has been ready, and `beat` at every turn from then on.
+    A child that ends before it was ready, or less than `stable_s` after, is started again after 0.1 s, twice as long
+    each time, 5 s at most; one that was ready for longer at once. After `max_failed_starts` in a row of which it was
+    never ready the supervisor gives up: one that was ready may have died of what it was given, which passes. A child
+    that exits with EXIT_GAVE_UP ends the supervisor too. `on_ready` is called once, when every child has been ready,
+    and `beat` at every turn from then on.
 
     A child that is stopped, or gave signs of life and gives none, for `hang_timeout_s` is killed, and so has died.
 
@@ -187,17 +189,18 @@ class Supervisor:
             log.error("%s cannot go on (%s): giving up", name, how)
             return False
         them = "it" if len(group.processes) == 1 else f"all {len(group.processes)}"
+        group.failed_starts = group.failed_starts + 1 if ready_at is None else 0
         if ready_at is not None and time.monotonic() - ready_at >= self._stable_s:
             log.warning("%s ended (%s): restarting %s", name, how, them)
-            group.failed_starts, group.start_at = 0, 0.0
+            group.early_ends, group.start_at = 0, 0.0
             return True
-        when = "before it was ready" if ready_at is None else "as soon as it was ready"
-        group.failed_starts += 1
         if group.failed_starts >= self._max_failed_starts:
-            log.error("%s ended %s (%s), failed start %d in a row: giving up", name, when, how, group.failed_starts)
+            log.error("%s ended before it was ready (%s), %d times in a row: giving up", name, how, group.failed_starts)
             return False
-        delay_s = min(self._first_backoff_s * 2 ** (group.failed_starts - 1), self._max_backoff_s)
+        when = "before it was ready" if ready_at is None else "as soon as it was ready"
+        delay_s = min(self._first_backoff_s * 2**group.early_ends, self._max_backoff_s)
         log.warning("%s ended %s (%s): starting %s again in %.1f s", name, when, how, them, delay_s)
+        group.early_ends += 1
         group.start_at = time.monotonic() + delay_s
         return True
 

@@ -95,9 +95,13 @@ def _fault(test: str) -> str:
 def poison_text(report: dict[str, Any]) -> str:
     """The tests of the poison request."""
     tests = [test for test in report["tests"] if "poison" in test["file"]]
-    rows = [f"| {test['test'].removeprefix('test_').replace('_', ' ')} | {test['outcome']} | {test['seconds']:.1f} |\n"
-            for test in tests]  # fmt: skip
+    rows = [f"| {_sentence(test['test'])} | {test['outcome']} | {test['seconds']:.1f} |\n" for test in tests]
     return "| test | | seconds |\n| --- | --- | ---: |\n" + "".join(rows)
+
+
+def _sentence(test: str) -> str:
+    name, _, parameter = test.removeprefix("test_").rstrip("]").partition("[")
+    return name.replace("_", " ") + f" ({parameter})" * bool(parameter)
 
 
 def model_check_text(report: dict[str, Any]) -> str:

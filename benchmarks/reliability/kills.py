@@ -5,8 +5,8 @@
 the one before. Afterwards every stream's tokens are compared with those of its prompt alone on undisturbed services.
 
 Two of the services' rules would end streams where chance is unkind, and a round waits until they do not apply: after
-five failed starts in a row a supervisor gives up, and a request is convicted by the third executor in a row that dies
-before it has a token of it.
+five starts in a row of which a process was never ready its supervisor gives up, and a request is convicted by the third
+executor in a row that dies before it has a token of it.
 """
 
 import argparse
@@ -31,7 +31,6 @@ from protos.duet.inference.v1 import inference_pb2 as pb
 DETACH_S = 120.0
 IN_TRANSIT_S = 0.1  # a token that comes so soon after a signal may have been on its way, and shows no recovery
 MOST_FAILED_STARTS = 3  # a fifth one in a row ends the services, and one may not have been noticed yet
-STABLE_S = 5.0  # once all streams go on, long enough that the next start is no failed one
 MOST_LOSSES = 2  # of the executor without a token of a stream between them
 CONTROL_ROUNDS = 20  # that send no signal
 RECOVERY_TIMEOUT_S = 300.0  # a stream that waits longer has failed
@@ -164,7 +163,6 @@ class Rounds:
         if self._services.log.failed_starts() >= MOST_FAILED_STARTS:
             self.num_postponed += 1
             await self._until(lambda: not load.waits)
-            await asyncio.sleep(STABLE_S)
         elif may_convict():
             self.num_postponed += 1
             await self._until(lambda: not may_convict())

@@ -48,11 +48,11 @@ class ServiceLog:
         return self._path.read_text(errors="replace")
 
     def failed_starts(self) -> int:
-        """The longest row of failed starts in which a process is now; with the fifth its supervisor gives up."""
+        """The longest row in which a process now is of starts before readiness; the fifth ends the services."""
         rows: dict[str, int] = {}
         for _, _, message in self._lines():
             if ended := _ENDED.fullmatch(message):
-                rows[ended[1]] = rows.get(ended[1], 0) + 1 if ended[2] else 0
+                rows[ended[1]] = rows.get(ended[1], 0) + 1 if ended[2].startswith("before") else 0
         return max(rows.values(), default=0)
 
     def executor_starts_s(self) -> list[float]:

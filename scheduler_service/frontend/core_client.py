@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _RECONNECT_S = 0.05
 _QUICK_LOSS_S = 2.0  # a core that dies so soon may have died of what it was given,
-_MAX_QUICK_LOSSES = 3  # and this is fewer than its supervisor bears
+_MAX_QUICK_LOSSES = 3  # and after so many in a row that fails
 _RETRY_AFTER_S = 1.0  # what a client is told when the core or the executor is away
 _READ_BUFFER_BYTES = 1 << 20
 

@@ -20,9 +20,7 @@ __all__ = ["tiny_model"]
 NUM_STREAMS = 6
 PARAMS = SamplingParams(temperature=0, max_tokens=150, ignore_eos=True)
 PROMPTS = [[number + 5, 7, 9, *range(20, 20 + 3 * number)] for number in range(NUM_STREAMS)]
-STABLE_S = (
-    2.2  # the supervisor takes a death within 2 s of readiness for a failed start, and gives up after five in a row
-)
+STABLE_S = 2.2  # after a death within 2 s of readiness the supervisor waits ever longer
 MODULES = {
     "executor": "executor_service.rank",
     "core": "scheduler_service.core",

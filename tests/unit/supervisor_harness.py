@@ -79,7 +79,8 @@ def child(script: str, report: Path, name: str = "child", **fields: Any) -> Chil
 def supervising(*children: Child, **settings: Any) -> Iterator[Run]:
     """A supervisor that ends, with its children, at the end of the block; `settings` are its own."""
     stop, status, ready = Stop(), [], []
-    supervisor = Supervisor(children, on_ready=lambda: ready.append(1), first_backoff_s=0.01, **settings)
+    settings = {"first_backoff_s": 0.01} | settings
+    supervisor = Supervisor(children, on_ready=lambda: ready.append(1), **settings)
     thread = threading.Thread(target=lambda: status.append(supervisor.run(stop)))
     thread.start()
     try:

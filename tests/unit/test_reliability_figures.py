@@ -21,6 +21,10 @@ again in 0.1 s
 in 0.2 s
 2026-01-01 00:00:07,300 rank 0[5] INFO listening on port 1
 """
+UNREADY = (
+    "2026-01-01 00:00:10,000 executor[2] WARNING rank 0 ended before it was ready (exit status 1): starting it again "
+    "in 0.4 s\n"
+)
 LAST_WORD = "2026-01-01 00:00:20,000 executor[2] WARNING rank 0 ended (killed by SIGKILL): restarting it\n"
 REFERENCE = Reference([7], [1, 2, 3], [4, 5, 6], [1.0, 1e-5, 1.0])
 
@@ -39,8 +43,9 @@ def written(directory: Path, text: str) -> ServiceLog:
 
 
 def test_failed_starts_are_counted_in_a_row(tmp_path: Path):
-    assert written(tmp_path, LOG).failed_starts() == 2
-    assert written(tmp_path, LOG + LAST_WORD).failed_starts() == 0
+    assert written(tmp_path, LOG).failed_starts() == 1
+    assert written(tmp_path, LOG + UNREADY).failed_starts() == 2
+    assert written(tmp_path, LOG + UNREADY + LAST_WORD).failed_starts() == 0
 
 
 def test_a_start_lasts_from_the_end_of_the_wait_until_the_port_is_open(tmp_path: Path):

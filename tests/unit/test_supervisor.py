@@ -1,5 +1,6 @@
 """The supervisor, with real processes: tiny Python children that write their process id to a file."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -65,20 +66,21 @@ def test_ready_child_that_is_killed_is_restarted_and_its_sister_left_alone(repor
 
 
 def test_failed_starts_count_in_a_row_only(report: Path) -> None:
-    stable_every_fifth_time = REPORT + (
-        "notify_ready()\n"
-        "if sum(1 for _ in open(sys.argv[1])) % 5 == 0: time.sleep(1)\n"  # the others die as soon as they are ready
-        "sys.exit(1)"
-    )
-    with supervising(child(stable_every_fifth_time, report), stable_s=0.5) as run:
+    ready_every_fifth_time = REPORT + "if sum(1 for _ in open(sys.argv[1])) % 5 == 0: notify_ready()\nsys.exit(1)"
+    with supervising(child(ready_every_fifth_time, report), max_backoff_s=0.1) as run:
         until(lambda: len(pids(report)) == 10 or bool(run.status))
         assert run.end() == 0
 
 
-def test_supervisor_gives_up_on_a_child_that_dies_as_soon_as_it_is_ready_again_and_again(report: Path) -> None:
-    with supervising(child(REPORT + "notify_ready(); sys.exit(1)", report), stable_s=60.0) as run:
-        assert run.join() == EXIT_GAVE_UP
-    assert len(pids(report)) == 5
+def test_a_child_that_dies_as_soon_as_it_is_ready_is_started_ever_later_and_never_given_up(report: Path) -> None:
+    dies = REPORT + "open(sys.argv[1] + '.times', 'a').write(f'{time.monotonic()}\\n'); notify_ready(); sys.exit(1)"
+    with supervising(child(dies, report), stable_s=60.0, first_backoff_s=0.05, max_backoff_s=0.8) as run:
+        until(lambda: len(pids(report)) == 7 or bool(run.status))
+        assert run.end() == 0
+    starts = [float(line) for line in report.with_name(f"{report.name}.times").read_text().split()]
+    delays = [later - start for start, later in itertools.pairwise(starts)]
+    for delay, expected in zip(delays, [0.05, 0.1, 0.2, 0.4, 0.8, 0.8], strict=False):
+        assert delay >= expected
 
 
 def test_supervisor_gives_up_after_five_failed_starts_and_stops_the_others(report: Path, tmp_path: Path) -> None:

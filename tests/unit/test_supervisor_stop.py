@@ -175,12 +175,16 @@ def test_at_once_is_not_taken_back() -> None:
 
 
 def test_a_supervisor_that_gives_up_while_it_drains_leaves_nothing_running(scene: Scene, tmp_path: Path) -> None:
-    hopeless = child(REPORT + "import os; notify_ready(); time.sleep(600)", tmp_path / "x", "x", stops_after=["f1"])
-    with supervising(*scene.children(), hopeless, stable_s=600.0, max_failed_starts=1) as run:
+    gives_up = REPORT + (
+        f"import signal; signal.signal(signal.SIGUSR1, lambda *_: sys.exit({EXIT_GAVE_UP}))\n"
+        "notify_ready(); time.sleep(600)"
+    )
+    hopeless = child(gives_up, tmp_path / "x", "x", stops_after=["f1"])
+    with supervising(*scene.children(), hopeless) as run:
         until(lambda: bool(run.ready))
         run.stop.ask(at_once=False)
         until(lambda: len(scene.log) == 2)
-        os.kill(pids(tmp_path / "x")[0], signal.SIGKILL)
+        os.kill(pids(tmp_path / "x")[0], signal.SIGUSR1)
         assert run.join() == EXIT_GAVE_UP
     assert not any(exists(pid) for report in scene.reports for pid in pids(report))
 
