@@ -94,26 +94,17 @@ def block_tables(num_sequences: int) -> torch.Tensor:
 def decode_load(num_sequences: int) -> Load:
     """The next token of each of some sequences."""
     positions = torch.full((num_sequences,), CONTEXT_LEN - 1)
-    tables = block_tables(num_sequences)
-    metadata = DecodeMetadata(positions, slot_mapping(tables, positions), tables, (positions + 1).int())
-    inputs = DecodeInputs(torch.arange(num_sequences) + 1000, metadata)
+    inputs = DecodeInputs(torch.arange(num_sequences) + 1000, DecodeMetadata(positions, block_tables(num_sequences)))
     return Load(f"decode, {num_sequences} sequences", num_sequences, lambda steps: steps.decode(inputs))
 
 
 def prefill_load() -> Load:
     """One prompt, and the logits of its last token."""
-    positions, tables = torch.arange(PROMPT_LEN), block_tables(1)
-    slots = slot_mapping(tables.expand(PROMPT_LEN, -1), positions)
-    metadata = PrefillMetadata(positions, slots, (0, PROMPT_LEN), (PROMPT_LEN,), tables)
+    positions = torch.arange(PROMPT_LEN)
+    metadata = PrefillMetadata(positions, (0, PROMPT_LEN), (PROMPT_LEN,), block_tables(1))
     last = torch.tensor([PROMPT_LEN - 1])
     inputs = PrefillInputs(positions + 1000, metadata, torch.tensor([0]), last + 1, torch.tensor([0]), last)
     return Load(f"prefill, {PROMPT_LEN} tokens", PROMPT_LEN, lambda steps: steps.prefill(inputs)(last))
-
-
-def slot_mapping(tables: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Of a token for each row of tables: [n] int64."""
-    blocks = tables.gather(1, (positions // BLOCK_SIZE)[:, None])[:, 0].long()
-    return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def compute_logits(model: Path, texts: list[Tensor], flags: dict[str, Any]) -> l
     steps = build_cpu_steps(config, RankGroup(Placement(), torch.device("cpu"))).steps
     positions = torch.arange(TEXT_LEN)
     table = torch.zeros(1, 1, dtype=torch.int32)
-    metadata = PrefillMetadata(positions, positions, (0, TEXT_LEN), (TEXT_LEN,), table)
+    metadata = PrefillMetadata(positions, (0, TEXT_LEN), (TEXT_LEN,), table)
     slot = torch.tensor([0])
     inputs = (PrefillInputs(text, metadata, slot, slot + TEXT_LEN, slot, slot + TEXT_LEN - 1) for text in texts)
     with torch.inference_mode():

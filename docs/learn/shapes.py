@@ -48,7 +48,7 @@ def _observed() -> list[tuple[type, str, Any]]:
         return begin_prefill(attention, metadata)
 
     def seen_begin_decode(attention: CpuAttention, metadata: DecodeMetadata) -> Attend:
-        print(f"  decode   positions {metadata.positions.tolist()}, context_lens {metadata.context_lens.tolist()}")
+        print(f"  decode   positions {metadata.positions.tolist()}, context_lens {(metadata.positions + 1).tolist()}")
         return begin_decode(attention, metadata)
 
     def seen_forward(model: CausalLM, input_ids: Tensor, kv_caches: list[Tensor], attend: Attend) -> Hidden:

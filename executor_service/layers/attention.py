@@ -44,7 +44,6 @@ class PrefillMetadata:
     """The prompt chunks of a step, one after the other."""
 
     positions: Tensor  # [num_tokens] int64
-    slot_mapping: Tensor  # [num_tokens] int64: block * block_size + offset
     query_starts: tuple[int, ...]  # [num_seqs + 1], on the host
     context_lens: tuple[int, ...]  # [num_seqs], on the host: tokens visible after this chunk, cached ones included
     block_tables: Tensor  # [num_seqs, max_blocks] int32; entries past a sequence's blocks: any valid id
@@ -54,10 +53,8 @@ class PrefillMetadata:
 class DecodeMetadata:
     """One token each of a batch of sequences."""
 
-    positions: Tensor  # [batch] int64
-    slot_mapping: Tensor  # [batch] int64: block * block_size + offset
+    positions: Tensor  # [batch] int64: of each sequence's newest token, behind which its context ends
     block_tables: Tensor  # [batch, max_blocks] int32; entries past a sequence's blocks: any valid id
-    context_lens: Tensor  # [batch] int32, the current token included
 
 
 class AttentionBackend(Protocol):

@@ -66,7 +66,9 @@ class CpuAttention:
     def begin_prefill(self, metadata: PrefillMetadata) -> Attend:
         """See AttentionBackend."""
         config = self.config
-        rows = eager_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
+        counts = torch.tensor(metadata.query_starts).diff()
+        sequences = torch.arange(len(counts)).repeat_interleave(counts)
+        rows = self._cache_rows(metadata.block_tables, sequences, metadata.positions)
         chunks = eager_attention.plan_prefill(
             metadata.query_starts,
             metadata.context_lens,
@@ -87,9 +89,10 @@ class CpuAttention:
     def begin_decode(self, metadata: DecodeMetadata) -> Attend:
         """See AttentionBackend."""
         config = self.config
-        rows = eager_attention.cache_rows(metadata.slot_mapping, config.num_kv_heads, config.block_size)
+        context_lens = (metadata.positions + 1).int()
+        rows = self._cache_rows(metadata.block_tables, torch.arange(len(context_lens)), metadata.positions)
         plan = eager_attention.plan_decode(
-            metadata.block_tables, metadata.context_lens, config.num_kv_heads, config.block_size, config.dtype
+            metadata.block_tables, context_lens, config.num_kv_heads, config.block_size, config.dtype
         )
         factors = rotation_factors(metadata.positions, config.inv_freq, config.dtype)
 
@@ -99,6 +102,13 @@ class CpuAttention:
             return eager_attention.decode_attention(q, kv_cache, plan).reshape(len(qkv), -1)
 
         return attend
+
+    def _cache_rows(self, block_tables: Tensor, sequences: Tensor, positions: Tensor) -> Tensor:
+        """See cache_rows; sequences: [n] int64, rows of block_tables; positions: [n] int64."""
+        block_size = self.config.block_size
+        blocks = block_tables[sequences, positions // block_size].long()
+        slot_mapping = blocks * block_size + positions % block_size
+        return eager_attention.cache_rows(slot_mapping, self.config.num_kv_heads, block_size)
 
     def _heads(
         self, qkv: Tensor, parameters: HeadParameters, factors: tuple[Tensor, Tensor]

@@ -49,8 +49,9 @@ def build_cpu_steps(config: ExecutorConfig, group: RankGroup) -> BuiltSteps:
     Raises: ModelError, where the model, the settings and the machine do not fit.
     """
     cores = _choose_cores(config, group.placement.local_rank, group.placement.local_size)
-    torch.set_num_threads(len(cores))
     library = _choose_library(config, group.placement.size)
+    # PyTorch's threads spin for a while after each operation, on the cores that the library's threads need next.
+    torch.set_num_threads(len(cores) if library is None else 1)
     ops = CpuOps(group.tensor_parallel()) if library is None else PanelOps(library, _weight_format(config))
     loaded = load(config, group, ops, _MAX_NUM_SEQS, _MAX_TOKENS_PER_STEP)
     shape, num_blocks = loaded.cache_shape, config.num_blocks

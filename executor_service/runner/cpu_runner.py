@@ -63,7 +63,7 @@ class CpuRunner:
     @torch.inference_mode()
     def _prefill(self, plan: Plan, masks: dict[int, Mask]) -> StepOutput:
         start_ns = time.perf_counter_ns()
-        inputs = prefill_inputs(plan, self._slots, self._info.limits.block_size)
+        inputs = prefill_inputs(plan, self._slots)
         compute_logits = self._steps.prefill(inputs)
         self._slots.prefilled(inputs.slots, inputs.ends)
         prompt_logprobs = self._report_prompts(plan, compute_logits) if self._slots.prompt_reports else []
@@ -81,7 +81,7 @@ class CpuRunner:
         slots = self._slots.decode_slots
         if not len(slots):
             return _output(step_id, False, _NOTHING, start_ns)
-        inputs = decode_inputs(self._slots, self._info.limits.block_size)
+        inputs = decode_inputs(self._slots)
         logits = self._steps.decode(inputs)
         self._slots.prefilled(slots, inputs.metadata.positions + 1)
         return _output(step_id, False, self._sample_next(slots, logits, masks), start_ns)
@@ -120,7 +120,8 @@ class CpuRunner:
         self, slots: Tensor, logits: Tensor, masks: dict[int, Mask], errors: list[tuple[int, str]]
     ) -> "_Sampled":
         """See _sample_next; logits: [n, size of the shard] float32, finite; errors: of other slots."""
-        positions, columns = self._slots.context_len[slots], self._slots.sampling.select(slots)
+        state, positions = self._slots, self._slots.context_len[slots]
+        columns = state.decode_sampling if slots is state.decode_slots else state.sampling.select(slots)
         logprobs = None
         special = find_special_rows(_column(slots), self._slots.special, masks) if self._slots.special or masks else []
         if special:

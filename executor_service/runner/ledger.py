@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from executor_service.plan import Column, InvalidPlan, Limits, Plan
+from executor_service.plan import NO_COLUMN, Column, InvalidPlan, Limits, Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +47,19 @@ class Ledger:
             self.max_total.copy(),
             self.decoding.copy(),
         )
-        ledger._release(plan)
+        if len(plan.release_slots):
+            ledger._release(plan)
         ledger._admit(plan)
-        ledger._append(plan)
-        ledger._prefill(plan)
-        ledger._join_and_leave(plan)
-        ledger._mask(plan)
-        ledger._decode(plan.iterations)
+        if len(plan.append_slots):
+            ledger._append(plan)
+        if len(plan.prefill_slots):
+            ledger._prefill(plan)
+        if len(plan.join_slots) or len(plan.leave_slots):
+            ledger._join_and_leave(plan)
+        if len(plan.mask_slots):
+            ledger._mask(plan)
+        if plan.iterations:
+            ledger._decode(plan.iterations)
         return ledger
 
     def end(self, slots: Column) -> None:
@@ -62,6 +68,8 @@ class Ledger:
 
     def append_columns(self, plan: Plan) -> Column:
         """Where in the block tables the appended blocks stand, by the ledger after `plan`: [num_appended]."""
+        if not len(plan.append_slots):
+            return NO_COLUMN
         slots = plan.append_slots[::-1]  # the last append of a slot is the last of its table
         order = np.argsort(slots, kind="stable")
         ordered = slots[order]
@@ -120,8 +128,6 @@ class Ledger:
 
     def _mask(self, plan: Plan) -> None:
         slots = plan.mask_slots
-        if not len(slots):
-            return
         self._require_distinct("mask_slots", slots)
         samples = np.isin(slots, plan.prefill_slots[plan.prefill_samples > 0])
         if plan.iterations:
@@ -129,8 +135,6 @@ class Ledger:
         self._require("mask of a slot that does not sample", slots, samples)
 
     def _decode(self, iterations: int) -> None:
-        if not iterations:
-            return
         slots = self.decoding.nonzero()[0]
         ends = np.minimum(self.num_computed[slots] + iterations, self.max_total[slots] - 1)
         self._require("no block for a position", slots, ends <= self.num_blocks[slots] * self.limits.block_size)

@@ -49,6 +49,7 @@ class SlotState:
         self.done = zeros(torch.bool)  # [num_slots], samples nothing until it is released
         self.decoding = zeros(torch.bool)  # [num_slots], member of the decode set
         self.decode_slots = torch.empty(0, dtype=torch.int64, device=device)  # [batch], decoding and not done
+        self.decode_sampling = self.sampling.select(self.decode_slots)  # [batch]
         self._decode_set_changed = False
 
     def apply(self, plan: Plan, append_columns: Column) -> None:
@@ -66,9 +67,10 @@ class SlotState:
                 self._decode_set_changed = True
 
     def refresh_decode_slots(self) -> None:
-        """Rebuild `decode_slots`, where it changed."""
+        """Rebuild `decode_slots` and `decode_sampling`, where they changed."""
         if self._decode_set_changed:
             self.decode_slots = (self.decoding & ~self.done).nonzero().flatten()
+            self.decode_sampling = self.sampling.select(self.decode_slots)
             self._decode_set_changed = False
 
     def prefilled(self, slots: Tensor, ends: Tensor) -> None:

@@ -30,7 +30,7 @@ class DecodeInputs:
     metadata: DecodeMetadata
 
 
-def prefill_inputs(plan: Plan, slots: SlotState, block_size: int) -> PrefillInputs:
+def prefill_inputs(plan: Plan, slots: SlotState) -> PrefillInputs:
     """Inputs for the plan's chunks, of which there is at least one."""
     device = slots.device
     chunk_slots, starts, counts, samples = (
@@ -44,16 +44,13 @@ def prefill_inputs(plan: Plan, slots: SlotState, block_size: int) -> PrefillInpu
     chunk_of_token = torch.repeat_interleave(torch.arange(len(counts), device=device), counts)
     offsets = starts - (query_ends - counts)  # position of a token less its row, by chunk
     positions = torch.arange(len(input_ids), device=device) + offsets[chunk_of_token]
-    block_tables = slots.block_tables[chunk_slots]
-    blocks = block_tables[chunk_of_token, positions // block_size].long()
 
     ends, is_sampling = plan.prefill_starts + plan.prefill_counts, samples.bool()
     metadata = PrefillMetadata(
         positions=positions,
-        slot_mapping=blocks * block_size + positions % block_size,
         query_starts=(0, *plan.prefill_counts.cumsum().tolist()),
         context_lens=tuple(ends.tolist()),
-        block_tables=block_tables,
+        block_tables=slots.block_tables[chunk_slots],
     )
     return PrefillInputs(
         input_ids=input_ids,
@@ -65,18 +62,11 @@ def prefill_inputs(plan: Plan, slots: SlotState, block_size: int) -> PrefillInpu
     )
 
 
-def decode_inputs(slots: SlotState, block_size: int) -> DecodeInputs:
+def decode_inputs(slots: SlotState) -> DecodeInputs:
     """Inputs for all of `slots.decode_slots`."""
-    positions = slots.context_len[slots.decode_slots]
-    block_tables = slots.block_tables[slots.decode_slots]
-    blocks = block_tables.gather(1, (positions // block_size)[:, None])[:, 0].long()
-    metadata = DecodeMetadata(
-        positions=positions,
-        slot_mapping=blocks * block_size + positions % block_size,
-        block_tables=block_tables,
-        context_lens=(positions + 1).int(),
-    )
-    return DecodeInputs(input_ids=slots.last_token[slots.decode_slots], metadata=metadata)
+    indices = slots.decode_slots
+    metadata = DecodeMetadata(slots.context_len[indices], slots.block_tables[indices])
+    return DecodeInputs(slots.last_token[indices], metadata)
 
 
 def _known(slots: SlotState, slot: int) -> Tensor:

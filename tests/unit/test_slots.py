@@ -114,10 +114,6 @@ def interleaved(appends: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return [appends[index] for index in sorted(range(len(appends)), key=ranks.__getitem__)]
 
 
-def where(row: Row, position: int) -> int:
-    return row.blocks[position // 4] * 4 + position % 4
-
-
 class Device:
     """Runs plans up to the inputs, and samples random tokens."""
 
@@ -142,14 +138,13 @@ def sample(model: Model, device: Device, slots: list[int]) -> None:
 
 
 def check_prefill(plan: Plan, model: Model, device: Device) -> None:
-    inputs = prefill_inputs(plan, device.slots, LIMITS.block_size)
+    inputs = prefill_inputs(plan, device.slots)
     chunks = list(
         zip(plan.prefill_slots.tolist(), plan.prefill_starts.tolist(), plan.prefill_counts.tolist(), strict=True)
     )
     flat = [(slot, position) for slot, start, count in chunks for position in range(start, start + count)]
     assert inputs.input_ids.tolist() == [model.rows[slot].tokens[position] for slot, position in flat]
     assert inputs.metadata.positions.tolist() == [position for _, position in flat]
-    assert inputs.metadata.slot_mapping.tolist() == [where(model.rows[slot], position) for slot, position in flat]
     assert inputs.metadata.context_lens == tuple(start + count for _, start, count in chunks)
     starts = inputs.metadata.query_starts
     assert [end - start for start, end in itertools.pairwise(starts)] == [count for _, _, count in chunks]
@@ -170,12 +165,11 @@ def check_decode(model: Model, device: Device) -> None:
     device.slots.refresh_decode_slots()
     slots = device.slots.decode_slots.tolist()
     assert slots == sorted(slot for slot, row in model.rows.items() if row.decoding and not row.done)
-    inputs = decode_inputs(device.slots, LIMITS.block_size)
+    inputs = decode_inputs(device.slots)
     rows = [model.rows[slot] for slot in slots]
     assert inputs.input_ids.tolist() == [row.tokens[-1] for row in rows]
     assert inputs.metadata.positions.tolist() == [len(row.tokens) - 1 for row in rows]
-    assert inputs.metadata.context_lens.tolist() == [len(row.tokens) for row in rows]
-    assert inputs.metadata.slot_mapping.tolist() == [where(row, len(row.tokens) - 1) for row in rows]
+    assert torch.equal(device.slots.decode_sampling.seed, device.slots.sampling.seed[slots])
     for table, row in zip(inputs.metadata.block_tables, rows, strict=True):
         assert table[: len(row.blocks)].tolist() == row.blocks
     device.slots.prefilled(device.slots.decode_slots, inputs.metadata.positions + 1)

@@ -89,11 +89,8 @@ class PagedRun:
         starts, counts = self.context_lens, [len(chunk) for chunk in chunks]
         ends = [start + count for start, count in zip(starts, counts, strict=True)]
         positions = [torch.arange(start, end) for start, end in zip(starts, ends, strict=True)]
-        slots = [self._slots(torch.full_like(p, i), p) for i, p in enumerate(positions)]
         query_starts = [0, *torch.tensor(counts).cumsum(0).tolist()]
-        metadata = PrefillMetadata(
-            torch.cat(positions), torch.cat(slots), tuple(query_starts), tuple(ends), self.block_tables
-        )
+        metadata = PrefillMetadata(torch.cat(positions), tuple(query_starts), tuple(ends), self.block_tables)
         attend = self.attention.begin_prefill(metadata)
         hidden = self.model.forward(torch.cat(chunks), self.kv_caches, attend)
         self.context_lens = ends
@@ -103,13 +100,7 @@ class PagedRun:
     def decode(self, token_ids: Tensor) -> Tensor:
         """token_ids: [num_seqs]; returns [num_seqs, vocab_size]."""
         positions = torch.tensor(self.context_lens)
-        slots = self._slots(torch.arange(len(positions)), positions)
-        metadata = DecodeMetadata(positions, slots, self.block_tables, (positions + 1).int())
-        attend = self.attention.begin_decode(metadata)
+        attend = self.attention.begin_decode(DecodeMetadata(positions, self.block_tables))
         hidden = self.model.forward(token_ids, self.kv_caches, attend)
         self.context_lens = (positions + 1).tolist()
         return self.model.compute_logits(hidden).float()
-
-    def _slots(self, sequences: Tensor, positions: Tensor) -> Tensor:
-        blocks = self.block_tables[sequences, positions // self.BLOCK_SIZE].long()
-        return blocks * self.BLOCK_SIZE + positions % self.BLOCK_SIZE

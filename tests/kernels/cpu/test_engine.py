@@ -55,8 +55,8 @@ class EngineRun:
         ends = [start + count for start, count in zip(self.context_lens, counts, strict=True)]
         positions = [torch.arange(start, end) for start, end in zip(self.context_lens, ends, strict=True)]
         query_starts = (0, *torch.tensor(counts).cumsum(0).tolist())
-        nothing = torch.empty(0, dtype=torch.int64)  # the library finds slots by itself
-        metadata = PrefillMetadata(torch.cat(positions), nothing, query_starts, tuple(ends), self.block_tables)
+        nothing = torch.empty(0, dtype=torch.int64)
+        metadata = PrefillMetadata(torch.cat(positions), query_starts, tuple(ends), self.block_tables)
         inputs = PrefillInputs(torch.cat(chunks), metadata, nothing, nothing, nothing, nothing)
         self.context_lens = ends
         return list(self.steps.prefill(inputs)(torch.arange(sum(counts))).split(counts))
@@ -64,8 +64,7 @@ class EngineRun:
     def decode(self, token_ids: Tensor) -> Tensor:
         """token_ids: [num_seqs]; returns [num_seqs, vocab_size]."""
         positions = torch.tensor(self.context_lens)
-        nothing = torch.empty(0, dtype=torch.int64)
-        metadata = DecodeMetadata(positions, nothing, self.block_tables, (positions + 1).int())
+        metadata = DecodeMetadata(positions, self.block_tables)
         self.context_lens = (positions + 1).tolist()
         return self.steps.decode(DecodeInputs(token_ids.contiguous(), metadata))
 
