@@ -26,6 +26,7 @@ def main() -> int:
         "model check": figures("model_check", model_check_text),
         "churn": figures("churn", churn_text),
         "cost": figures("cost", cost_text),
+        "processor time": figures("cpu_cost", cost_text),
     }
     return fill_in(PAGE, parts, module="tools.reliability")
 
@@ -137,17 +138,17 @@ def churn_text(report: dict[str, Any]) -> str:
 
 
 def cost_text(report: dict[str, Any]) -> str:
-    """Throughput before and after."""
+    """Figures before and after."""
     rows = "".join(
-        f"| {count} | {row['before_tokens_per_s']:.1f} | {row['after_tokens_per_s']:.1f} | {row['ratio']:.4f} | "
+        f"| {name} | {row['before']:.1f} | {row['after']:.1f} | {row['ratio']:.4f} | "
         f"{row['ratio_95'][0]:.4f} to {row['ratio_95'][1]:.4f} | {len(row['pairs'])} |\n"
-        for count, row in report["streams"].items()
+        for name, row in report["figures"].items()
     )
     commits = report["commits"]
     return (
         f"{commits['before']} against {commits['after']}:\n\n"
-        "| streams | before, tok/s | after, tok/s | after / before, median | 95% of medians | pairs |\n"
-        f"| ---: | ---: | ---: | ---: | ---: | ---: |\n{rows}"
+        "| | before | after | after / before, median | 95% of medians | pairs |\n"
+        f"| --- | ---: | ---: | ---: | ---: | ---: |\n{rows}"
     )
 
 

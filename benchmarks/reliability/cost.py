@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +24,20 @@ from benchmarks.reliability.services import RESULTS, store
 RESAMPLES = 10_000
 
 
+def environment(tree: Path) -> dict[str, str]:
+    """In which this Python runs a checkout's own code."""
+    paths = os.pathsep.join(str(path) for path in (tree, tree / "clients" / "python"))
+    return {**os.environ, "PYTHONPATH": paths}
+
+
 def throughputs(tree: Path, model: Path) -> dict[str, float]:
     """Output tokens per second of a tree's services, by number of streams."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [sys.executable, "-m", "benchmarks", "--model", str(model), "--peers", "", "--repeats", "1"]
-        paths = os.pathsep.join(str(path) for path in (tree, tree / "clients" / "python"))
-        subprocess.run(
-            [*command, "--json", file.name],
-            cwd=tree,
-            env={**os.environ, "PYTHONPATH": paths},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        command += ["--json", file.name]
+        subprocess.run(command, cwd=tree, env=environment(tree), check=True, stdout=subprocess.DEVNULL)
         streams = json.loads(Path(file.name).read_text())["engines"][0]["streams"]
-    return {count: figures["output_tokens_per_s"] for count, figures in streams.items()}
+    return {f"{count} streams": figures["output_tokens_per_s"] for count, figures in streams.items()}
 
 
 def compare(pairs: list[tuple[float, float]], rng: random.Random) -> dict[str, Any]:
@@ -44,43 +45,46 @@ def compare(pairs: list[tuple[float, float]], rng: random.Random) -> dict[str, A
     ratios = [after / before for before, after in pairs]
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLES))
     return {
-        "before_tokens_per_s": statistics.median(before for before, _ in pairs),
-        "after_tokens_per_s": statistics.median(after for _, after in pairs),
+        "before": statistics.median(before for before, _ in pairs),
+        "after": statistics.median(after for _, after in pairs),
         "ratio": statistics.median(ratios),
         "ratio_95": [medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]],
         "pairs": pairs,
     }
 
 
-def main() -> None:
-    """Measure, print and store."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.reliability.cost", description=__doc__)
+def run_pairs(name: str, about: str | None, measure: Callable[[Path], dict[str, float]]) -> None:
+    """What a program of this kind does: measure two trees in turns, print, and store as `name`.
+
+    measure: figures of a tree by name.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.reliability.{name}", description=about)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
     parser.add_argument("--pairs", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
-    model = default_model_path()
     trees: tuple[Path, Path] = (args.before.resolve(), args.after.resolve())
     pairs: dict[str, list[tuple[float, float]]] = {}
     for number in range(1, args.pairs + 1):
-        measured = {tree: throughputs(tree, model) for tree in rng.sample(trees, 2)}
-        for count, before in measured[trees[0]].items():
-            pairs.setdefault(count, []).append((before, measured[trees[1]][count]))
-            print(f"pair {number}, {count} streams: {before:.1f}, {pairs[count][-1][1]:.1f} tok/s", flush=True)
-    streams = {count: compare(values, rng) for count, values in pairs.items()}
+        measured = {tree: measure(tree) for tree in rng.sample(trees, 2)}
+        for what, before in measured[trees[0]].items():
+            pairs.setdefault(what, []).append((before, measured[trees[1]][what]))
+            print(f"pair {number}, {what}: {before:.1f}, {pairs[what][-1][1]:.1f}", flush=True)
+    figures = {what: compare(values, rng) for what, values in pairs.items()}
     commits = {
         name: subprocess.run(
             ["git", "-C", str(tree), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
         ).stdout.strip()
         for name, tree in zip(("before", "after"), trees, strict=True)
     }
-    store(RESULTS / "cost.json", {"commits": commits, "streams": streams})
-    for count, figures in streams.items():
-        low, high = figures["ratio_95"]
-        print(f"{count} streams: after / before {figures['ratio']:.4f} ({low:.4f} to {high:.4f})")
+    store(RESULTS / f"{name}.json", {"commits": commits, "figures": figures})
+    for what, figure in figures.items():
+        low, high = figure["ratio_95"]
+        print(f"{what}: after / before {figure['ratio']:.4f} ({low:.4f} to {high:.4f})")
 
 
 if __name__ == "__main__":
-    main()
+    model = default_model_path()
+    run_pairs("cost", __doc__, lambda tree: throughputs(tree, model))

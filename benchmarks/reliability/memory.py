@@ -35,7 +35,7 @@ class MemoryLog:
     def __init__(self, root: int) -> None:
         """`root` is the id of the process, which outlives the block."""
         self._root = root
-        self._names = _names(root)  # pid -> name
+        self._names = family(root)  # pid -> name
         self._samples: dict[int, list[tuple[float, float]]] = {pid: [] for pid in self._names}  # pid -> seconds, KiB
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample_until_stopped, name="memory")
@@ -52,7 +52,7 @@ class MemoryLog:
     @property
     def num_restarts(self) -> int:
         """Processes that were there at the beginning and are gone."""
-        return len(self._names.keys() - _names(self._root).keys())
+        return len(self._names.keys() - family(self._root).keys())
 
     def open_files(self) -> dict[str, int]:
         """Descriptors that each process holds now."""
@@ -76,7 +76,7 @@ class MemoryLog:
                 return
 
 
-def _names(root: int) -> dict[int, str]:
+def family(root: int) -> dict[int, str]:
     """What a process and its descendants are called: their module, numbered where there are several."""
     parents = {pid: parent for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if (parent := _parent(pid))}
     family = {root}

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from benchmarks.machine import describe_machine
+from benchmarks.reliability.memory import family
 from duet.launch import to_flags, wait_for_session
 from servicekit.lifeline import PARENT_PID
 from tests.faults.processes import descendants
@@ -80,8 +81,10 @@ class ServiceLog:
 class Services:
     """The services of a model, which die with this process."""
 
-    def __init__(self, model: Path, log: Path, **flags: object) -> None:
-        """`flags` are those of either service, with underscores; `log` is written anew."""
+    def __init__(
+        self, model: Path, log: Path, tree: Path | None = None, env: Mapping[str, str] = os.environ, **flags: object
+    ) -> None:
+        """`flags` are those of either service, with underscores; `log` is written anew. tree: where the code is."""
         self.model = model
         self.log = ServiceLog(log)
         port, executor_port = _free_port(), _free_port()
@@ -94,7 +97,8 @@ class Services:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                env={**os.environ, PARENT_PID: str(os.getpid())},
+                cwd=tree,
+                env={**env, PARENT_PID: str(os.getpid())},
                 start_new_session=True,  # Ctrl-C is for this process, which then ends them
             )
 
@@ -122,6 +126,14 @@ class Services:
         if not self.has_ended():
             self._popen.send_signal(signal.SIGINT)
         self._popen.wait(_STOP_TIMEOUT_S)
+
+    def processor_s(self) -> float:
+        """What all of its processes have used of the processors so far, in seconds."""
+        ticks = 0
+        for process in family(self.process_id):
+            fields = Path("/proc", str(process), "stat").read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12])  # utime and stime: proc(5)
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def pids(self, process: str) -> list[int]:
         """The living processes of a kind, a key of MODULES; none while it is between two starts."""

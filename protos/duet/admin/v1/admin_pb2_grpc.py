@@ -26,7 +26,9 @@ if _version_not_supported:
 
 
 class AdminServiceStub(object):
-    """Control of one scheduler service: all its front ends and its core.
+    """Control of one scheduler service: all its front ends and its core. Calls are taken from the loopback only; where the
+    server was given an admin secret, from anywhere with the metadata `authorization: Bearer SECRET`, and from nowhere
+    without it.
     """
 
     def __init__(self, channel):
@@ -48,7 +50,9 @@ class AdminServiceStub(object):
 
 
 class AdminServiceServicer(object):
-    """Control of one scheduler service: all its front ends and its core.
+    """Control of one scheduler service: all its front ends and its core. Calls are taken from the loopback only; where the
+    server was given an admin secret, from anywhere with the metadata `authorization: Bearer SECRET`, and from nowhere
+    without it.
     """
 
     def Drain(self, request, context):
@@ -88,7 +92,9 @@ def add_AdminServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AdminService(object):
-    """Control of one scheduler service: all its front ends and its core.
+    """Control of one scheduler service: all its front ends and its core. Calls are taken from the loopback only; where the
+    server was given an admin secret, from anywhere with the metadata `authorization: Bearer SECRET`, and from nowhere
+    without it.
     """
 
     @staticmethod
