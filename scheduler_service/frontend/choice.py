@@ -66,13 +66,15 @@ class Choice:
 
     def _push(self, token_ids: list[int]) -> tuple[list[int], str]:
         """Detokenize; what the client holds one by one, since only so every offset is met that it may have."""
-        while token_ids and self._offset < self._resume_offset:
-            released, text = self._detokenizer.push([token_ids.pop(0)])
+        num_pushed = 0
+        while num_pushed < len(token_ids) and self._offset < self._resume_offset:
+            released, text = self._detokenizer.push(token_ids[num_pushed : num_pushed + 1])
+            num_pushed += 1
             if self._offset + len(released) > self._resume_offset:
-                rest, rest_text = self._detokenizer.push(token_ids)
+                rest, rest_text = self._detokenizer.push(token_ids[num_pushed:])
                 return released + rest, text + rest_text
             self._pass_over(released)
-        return self._detokenizer.push(token_ids)
+        return self._detokenizer.push(token_ids[num_pushed:])
 
     def _pass_over(self, token_ids: list[int]) -> None:
         self._offset += len(token_ids)
