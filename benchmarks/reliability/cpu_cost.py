@@ -1,6 +1,6 @@
 """What two working trees take of the processors for a token, beside the model: the same in turns, as `cost` does.
 
-`python -m benchmarks.reliability.cpu_cost BEFORE AFTER --pairs 10`. The model is the tests' tiny one on one thread, so
+`python -m benchmarks.reliability.cpu_cost BEFORE AFTER`. The model is the tests' tiny one on one thread, so
 that services and client are nearly all of it, and processor time is counted, which neighbours disturb less than
 throughput: of all processes, in microseconds an output token of 16 streams.
 """
