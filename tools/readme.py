@@ -75,7 +75,7 @@ def figure_table(report: dict[str, Any]) -> str:
     return (
         f"`make bench` on {machine['cores']} cores ({machine['cpu']}), SmolLM2-135M-Instruct, 128 random tokens in, "
         f"128 out, greedy, commit {commit}, {machine['date'][:10]}; ours is the "
-        "median of three runs, a peer ran once:\n\n"
+        f"median of {report['settings']['repeats']} runs, a peer ran once:\n\n"
         "| engine | streams | output tok/s | first token p50, ms | gap p50, ms | gap p99, ms | ours / this |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |\n" + "".join(rows)
     )
