@@ -89,7 +89,7 @@ def fault_point_table(report: dict[str, Any]) -> str:
 
 
 def _fault(test: str) -> str:
-    found = re.search(r"is_(\w+)_at\[", test)
+    found = re.search(r"_([a-z]+)_at\[", test)
     return found[1] if found else test
 
 

@@ -52,6 +52,7 @@ STOPPED = (
     "core.epoch_begun",
     "frontend.tokens_read",
 )
+ON_DEVICE = ("executor.step_begun", "executor.sequence", "executor.step_done")
 FOLLOWERS = [name for name in POINTS if name.startswith("follower.")]
 LEADERS = [name for name in POINTS if name not in FOLLOWERS]
 BY_TURNS = [name for first in range(7) for name in LEADERS[first::7]]  # so that no process dies all the time
@@ -141,6 +142,11 @@ def test_streams_outlive_a_process_that_is_killed_at(name: str, server: Server) 
 def test_streams_outlive_a_process_that_is_stopped_at(name: str, server: Server) -> None:
     when = "" if name in REACHED_BY_SUCCESSORS else " after 10"
     outlive(server, name, f"stop{when}", name.partition(".")[0])
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
+def test_streams_outlive_a_device_that_fails_at(name: str, server: Server) -> None:
+    outlive(server, name, f"fail after {3 if name in REACHED_ONCE_A_STREAM else 10}", "executor")
 
 
 def test_nothing_leaked_in_all_of_that(server: Server) -> None:
