@@ -9,7 +9,7 @@ import executor_service.device
 from executor_service import rank
 from executor_service.plan import Plan
 from executor_service.runner.runner import Pending, StepOutput
-from tests.contract.test_executor_session import ScriptedRunner
+from tests.contract.session_harness import ScriptedRunner
 
 
 @dataclasses.dataclass

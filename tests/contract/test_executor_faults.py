@@ -12,11 +12,12 @@ from pathlib import Path
 import grpc
 import pytest
 
+from executor_service.server import SERVICE
 from protos.duet.executor.v1 import executor_pb2 as pb
 from servicekit.child_process import Child
 from servicekit.fault_points import POINTS
 from servicekit.supervisor import Stop, Supervisor
-from tests.contract.test_executor_session import NEW, SERVICE, Code, Core, column, until
+from tests.contract.session_harness import NEW, Code, Core, column, until
 from tests.faults.arming import FaultPoints
 
 ROOT = Path(__file__).parents[2]

@@ -1,332 +1,36 @@
-"""RunSession through a real channel, against a runner that is a script."""
+"""RunSession through a real channel, against a runner that is a script: plans, results and failures."""
 
 import asyncio
-import contextlib
 import dataclasses
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NoReturn
 
-import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
 import executor_service.device
-from executor_service.device import Device, Followers
-from executor_service.plan import InvalidPlan, Limits, Plan
-from executor_service.runner.runner import CONTINUES, PromptLogprobs, RunnerInfo, StepLogprobs, StepOutput
+from executor_service.device import Device
+from executor_service.plan import Plan
+from executor_service.runner.runner import PromptLogprobs, StepLogprobs, StepOutput
 from executor_service.server import SERVICE, ListenError, serve
-from executor_service.session import MAX_INFLIGHT_PLANS, PROTOCOL_VERSION
+from executor_service.session import MAX_INFLIGHT_PLANS
 from executor_service.watchdog import Watchdog
 from protos.duet.executor.v1 import executor_pb2 as pb
-
-Code = grpc.StatusCode
-LIMITS = Limits(num_slots=4, num_blocks=8, block_size=4, vocab_size=100, max_model_len=32, max_tokens_per_step=16)
-INFO = RunnerInfo("TinyForCausalLM", "model", "weights", "float32", "a script", LIMITS, (1, 2))
-
-
-class ScriptedRunner:
-    """Samples token 10 * step_id for the slots that sample; `before` runs first in every plan, on the device thread."""
-
-    def __init__(self, before: Callable[[Plan], None] = lambda plan: None) -> None:
-        self.info = INFO
-        self.before = before
-        self.history: list[str] = []
-        self.gate = threading.Event()  # closed, the plan that runs stays on the device
-        self.gate.set()
-        self.decode_set: set[int] = set()
-
-    def reset(self) -> None:
-        self.history.append("reset")
-        self.decode_set.clear()
-
-    def execute(self, plan: Plan) -> Iterator[StepOutput]:
-        self.history.append(f"plan {plan.step_id}")
-        assert self.gate.wait(30)
-        self.before(plan)
-        self.decode_set |= set(plan.join_slots.tolist())
-        self.decode_set -= set(plan.leave_slots.tolist())
-        first = [slot for slot, samples in zip(plan.prefill_slots, plan.prefill_samples, strict=True) if samples]
-        both = bool(first) and bool(self.decode_set) and plan.iterations > 0
-        if first or not plan.iterations:
-            yield self._output(plan.step_id, first, partial=both)
-        if both or not first:
-            for step_id in range(plan.step_id, plan.step_id + plan.iterations):
-                yield self._output(step_id, sorted(self.decode_set), partial=False)
-
-    def _output(self, step_id: int, slots: list[int], *, partial: bool) -> StepOutput:
-        columns = (
-            np.array(column, dtype=np.int32)
-            for column in (slots, [10 * step_id] * len(slots), [CONTINUES] * len(slots))
-        )
-        return StepOutput(step_id, partial, *columns, slot_errors=[], device_time_ns=7)
-
-
-@dataclasses.dataclass
-class Executor:
-    """One that serves in this process."""
-
-    runner: ScriptedRunner
-    address: str
-    channel: grpc.aio.Channel
-    serving: asyncio.Task[bool]
-    stop: asyncio.Event
-
-    def connect(self, channel: grpc.aio.Channel | None = None) -> "Core":
-        multi = (channel or self.channel).stream_stream(
-            f"/{SERVICE}/RunSession", response_deserializer=pb.RunSessionResponse.FromString
-        )
-        return Core(multi())
-
-
-@dataclasses.dataclass
-class Core:
-    """The client's side of one stream."""
-
-    call: grpc.aio.StreamStreamCall[bytes, pb.RunSessionResponse]
-    epoch: int = 0
-
-    async def read(self) -> pb.RunSessionResponse:
-        message = await self.call.read()
-        assert isinstance(message, pb.RunSessionResponse)
-        return message
-
-    async def info(self) -> pb.ExecutorInfo:
-        return (await self.read()).info
-
-    async def ask(
-        self, epoch: int, *, model: str = "model", weights: str = "", version: int = PROTOCOL_VERSION
-    ) -> None:
-        opening = pb.OpenSession(epoch=epoch, protocol_version=version, model_digest=model, weights_digest=weights)
-        await self.call.write(pb.RunSessionRequest(open=opening).SerializeToString())
-
-    async def open(self) -> "Core":
-        self.epoch = (await self.info()).last_epoch + 1
-        await self.ask(self.epoch)
-        assert (await self.read()).opened.epoch == self.epoch
-        return self
-
-    async def plan(self, step_id: int, **fields: object) -> None:
-        plan = pb.StepPlan(**{"epoch": self.epoch, "step_id": step_id, "iterations": 1, **fields})  # pyright: ignore[reportArgumentType]
-        await self.call.write(pb.RunSessionRequest(plan=plan).SerializeToString())
-
-    async def result(self) -> pb.StepResult:
-        message = await self.read()
-        assert message.HasField("result")
-        return message.result
-
-    async def end(self) -> tuple[grpc.StatusCode, str]:
-        """Read to the end; its status."""
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while await self.call.read() is not grpc.aio.EOF:
-                pass
-        return await self.call.code(), await self.call.details()
-
-
-@contextlib.asynccontextmanager
-async def running(runner: ScriptedRunner, followers: Followers | None = None) -> AsyncIterator[Executor]:
-    stop, listening = asyncio.Event(), asyncio.get_running_loop().create_future()
-    with ThreadPoolExecutor(1) as thread:
-        serving = asyncio.create_task(serve(runner, thread, "127.0.0.1:0", stop, listening.set_result, followers))
-        address = f"127.0.0.1:{await listening}"
-        async with grpc.aio.insecure_channel(address) as channel:
-            try:
-                yield Executor(runner, address, channel, serving, stop)
-            finally:
-                runner.gate.set()
-                stop.set()
-                await serving
-
-
-@pytest.fixture
-async def executor() -> AsyncIterator[Executor]:
-    async with running(ScriptedRunner()) as executor:
-        yield executor
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
-
-
-def column(*values: int) -> bytes:
-    return np.array(values, dtype="<i4").tobytes()
-
-
-# --- opening -----------------------------------------------------------------------------------------------------
-
-
-async def test_executor_speaks_first_and_describes_itself(executor: Executor) -> None:
-    info = await executor.connect().info()
-    assert info.boot_id
-    info.boot_id = ""
-    assert info == pb.ExecutorInfo(
-        protocol_version=3, architecture="TinyForCausalLM", model_digest="model", weights_digest="weights",
-        dtype="float32", device="a script", vocab_size=100, max_model_len=32, block_size=4, num_blocks=8, num_slots=4,
-        max_tokens_per_step=16, graph_batch_sizes=[1, 2], tensor_parallel_size=1, max_inflight_plans=MAX_INFLIGHT_PLANS,
-    )  # fmt: skip
-
-
-async def test_opening_wipes_the_slots_and_is_seen_by_the_next_core(executor: Executor) -> None:
-    await executor.connect().open()
-    assert executor.runner.history == ["reset"]
-    info = await executor.connect().info()
-    assert (info.last_epoch, info.session_alive) == (1, True)
-
-
-@pytest.mark.parametrize("epoch", [0, 1, 3, 2**63])
-async def test_an_epoch_that_does_not_follow_is_aborted_and_disturbs_nobody(executor: Executor, epoch: int) -> None:
-    holder = await executor.connect().open()
-    late = executor.connect()
-    await late.info()
-    await late.ask(epoch)
-    assert (await late.end())[0] is Code.ABORTED
-    await holder.plan(1)
-    assert (await holder.result()).step_id == 1
-
-
-async def test_of_two_cores_that_ask_for_one_epoch_exactly_one_gets_it(executor: Executor) -> None:
-    cores = [executor.connect() for _ in range(2)]
-    for core in cores:
-        await core.info()
-    await asyncio.gather(*(core.ask(1) for core in cores))
-    answers = await asyncio.gather(*(core.read() for core in cores), return_exceptions=True)
-    assert sum(isinstance(answer, pb.RunSessionResponse) for answer in answers) == 1
-    (loser,) = [answer for answer in answers if isinstance(answer, grpc.aio.AioRpcError)]
-    assert loser.code() is Code.ABORTED
-
-
-@pytest.mark.parametrize(
-    ("difference", "word"),
-    [({"model": "other"}, "model_digest"), ({"weights": "other"}, "weights_digest"), ({"version": 9}, "version")],
+from tests.contract.session_harness import (
+    NEW,
+    Code,
+    Executor,
+    ScriptedRunner,
+    break_second,
+    column,
+    refuse_second,
+    running,
+    until,
 )
-async def test_a_core_that_does_not_match_is_refused_and_does_not_fence(
-    executor: Executor, difference: dict[str, str], word: str
-) -> None:
-    holder = await executor.connect().open()
-    other = executor.connect()
-    await other.info()
-    await other.ask(2, **difference)  # pyright: ignore[reportArgumentType]
-    code, message = await other.end()
-    assert code is Code.FAILED_PRECONDITION
-    assert word in message
-    await holder.plan(1)
-    assert (await holder.result()).step_id == 1
-
-
-@pytest.mark.parametrize("version", [PROTOCOL_VERSION - 1, PROTOCOL_VERSION, PROTOCOL_VERSION + 1])
-async def test_a_core_one_version_older_or_newer_is_served(executor: Executor, version: int) -> None:
-    core = executor.connect()
-    await core.info()
-    await core.ask(1, version=version)
-    assert (await core.read()).opened.epoch == 1
-    core.epoch = 1
-    await core.plan(1)
-    assert (await core.result()).step_id == 1
-
-
-@pytest.mark.parametrize("version", [0, PROTOCOL_VERSION - 2, PROTOCOL_VERSION + 2])
-async def test_a_core_further_away_than_one_version_is_refused(executor: Executor, version: int) -> None:
-    core = executor.connect()
-    await core.info()
-    await core.ask(1, version=version)
-    code, message = await core.end()
-    assert code is Code.FAILED_PRECONDITION
-    assert f"protocol version {version}" in message
-    assert executor.runner.history == []
-
-
-async def test_equal_weights_digest_is_accepted(executor: Executor) -> None:
-    core = executor.connect()
-    await core.info()
-    await core.ask(1, weights="weights")
-    assert (await core.read()).opened.epoch == 1
-
-
-async def test_a_session_opens_once(executor: Executor) -> None:
-    core = await executor.connect().open()
-    await core.ask(2)
-    assert (await core.end())[0] is Code.FAILED_PRECONDITION
-
-
-# --- fencing and loss --------------------------------------------------------------------------------------------
-
-
-async def test_a_later_epoch_fences_the_older_one_whose_queued_plans_never_run(executor: Executor) -> None:
-    runner = executor.runner
-    runner.gate.clear()
-    old = await executor.connect().open()
-    for step_id in (1, 2, 3):
-        await old.plan(step_id)
-    await until(lambda: "plan 1" in runner.history)
-    new = executor.connect()
-    await new.info()
-    await new.ask(2)
-    assert await old.end() == (Code.ABORTED, "fenced by epoch 2")
-    opened = asyncio.create_task(new.read())
-    await asyncio.sleep(0.05)
-    assert not opened.done()  # the device still runs the old epoch's first plan
-    runner.gate.set()
-    assert (await opened).opened.epoch == 2
-    new.epoch = 2
-    await new.plan(1)
-    assert (await new.result()).epoch == 2
-    assert runner.history == ["reset", "plan 1", "reset", "plan 1"]
-
-
-async def test_no_plan_is_taken_between_the_opening_and_its_confirmation(executor: Executor) -> None:
-    runner = executor.runner
-    runner.gate.clear()
-    old = await executor.connect().open()
-    await old.plan(1)
-    await until(lambda: "plan 1" in runner.history)
-    new = executor.connect()
-    await new.info()
-    await new.ask(2)
-    new.epoch = 2
-    await new.plan(1)
-    assert (await new.end())[0] is Code.FAILED_PRECONDITION
-    runner.gate.set()
-    await executor.connect().open()
-    assert runner.history == ["reset", "plan 1", "reset"]  # the refused session's wiping was dropped with it
-
-
-@pytest.mark.parametrize("how", ["cancel", "close", "vanish"])
-async def test_a_core_that_went_away_loses_its_queued_plans_and_the_next_one_opens(
-    executor: Executor, how: str
-) -> None:
-    runner = executor.runner
-    runner.gate.clear()
-    channel = grpc.aio.insecure_channel(executor.address, options=[("grpc.use_local_subchannel_pool", 1)])
-    old = await executor.connect(channel).open()
-    await old.plan(1)
-    await old.plan(2)
-    await until(lambda: "plan 1" in runner.history)
-    match how:
-        case "cancel":
-            old.call.cancel()
-        case "close":
-            await old.call.done_writing()
-        case "vanish":
-            await channel.close()
-    deadline = time.monotonic() + 30
-    while (await executor.connect().info()).session_alive:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.01)
-    runner.gate.set()
-    new = await executor.connect().open()
-    assert new.epoch == 2
-    await new.plan(1)
-    assert (await new.result()).step_id == 1
-    assert runner.history == ["reset", "plan 1", "reset", "plan 1"]
-    await channel.close()
-
 
 # --- plans and results -------------------------------------------------------------------------------------------
 
@@ -444,9 +148,6 @@ async def test_a_settled_plan_makes_room_at_once_and_one_more_is_refused() -> No
         permits.release()
 
 
-NEW = {"slot": 0, "token_ids": column(1, 2), "num_prompt_tokens": 2, "block_ids": column(0), "max_total_tokens": 9}
-
-
 @pytest.mark.parametrize(
     ("fields", "word"),
     [
@@ -511,16 +212,6 @@ async def test_bytes_that_are_no_message_are_an_invalid_argument(executor: Execu
 
 
 # --- the runner's own refusals and failures ----------------------------------------------------------------------
-
-
-def refuse_second(plan: Plan) -> None:
-    if plan.step_id == 2:
-        raise InvalidPlan("slot 3 is taken")
-
-
-def break_second(plan: Plan) -> None:
-    if plan.step_id == 2:
-        raise RuntimeError("matrix on fire")
 
 
 async def test_a_plan_that_the_runner_refuses_ends_the_session_and_not_the_executor() -> None:

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 from executor_service.plan import Plan
 from executor_service.runner.runner import StepOutput
 from protos.duet.executor.v1 import executor_pb2 as pb
-from tests.contract.test_executor_session import (
+from tests.contract.session_harness import (
     Code,
     Executor,
     ScriptedRunner,

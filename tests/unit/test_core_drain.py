@@ -1,20 +1,10 @@
 """The core drains: nothing new is taken, what is there ends, and whoever asked is told."""
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
 from scheduler_service.ipc import CancelDrain, Drain, DrainReply
 from tests.unit.core_harness import LENGTH, continuation
 from tests.unit.engine_harness import FrontEnd, ScriptedExecutor, Setting
-
-
-@pytest.fixture
-async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
-    setting = Setting(tmp_path)
-    yield setting
-    await setting.stop()
 
 
 async def busy(setting: Setting, num_requests: int = 3) -> tuple[ScriptedExecutor, FrontEnd]:

@@ -4,8 +4,7 @@ import asyncio
 import dataclasses
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 
 import grpc.aio
 import msgspec
@@ -28,27 +27,9 @@ from tests.unit.core_harness import CANCELLED, LENGTH, LIMITS, STOP, continuatio
 from tests.unit.engine_harness import Setting
 
 
-@pytest.fixture
-async def make_setting(tmp_path: Path) -> AsyncIterator[Callable[..., Setting]]:
-    settings: list[Setting] = []
-
-    def make(**options: float) -> Setting:
-        settings.append(Setting(tmp_path, **options))
-        return settings[-1]
-
-    yield make
-    for setting in settings:
-        await setting.stop()
-
-
 def without_times(end: Finished | Failed) -> Finished:
     assert isinstance(end, Finished)
     return msgspec.structs.replace(end, queue_time_ns=0, time_to_first_token_ns=0)
-
-
-@pytest.fixture
-def setting(make_setting: Callable[..., Setting]) -> Setting:
-    return make_setting()
 
 
 async def test_a_request_gets_its_start_its_tokens_and_its_end(setting: Setting):

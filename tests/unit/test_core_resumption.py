@@ -3,7 +3,7 @@
 import asyncio
 import time
 from array import array
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,6 @@ from tests.unit.engine_harness import FrontEnd, ScriptedExecutor, Setting
 PROMPT = range(10)
 KEPT: dict[str, Any] = {"request_id": "kept", "detach_s": 60.0}
 RESUMED: dict[str, Any] = {**KEPT, "resumes": True}
-
-
-@pytest.fixture
-async def setting(tmp_path: Path) -> AsyncIterator[Setting]:
-    setting = Setting(tmp_path)
-    yield setting
-    await setting.stop()
 
 
 @pytest.fixture

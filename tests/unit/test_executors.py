@@ -3,8 +3,7 @@
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import grpc.aio
@@ -34,24 +33,6 @@ class CountingFake(FakeExecutor):
             raise RuntimeError("device error")
         self.num_admitted.append(len(plan.new_sequences))
         return super().run(plan)
-
-
-@pytest.fixture
-async def make_setting(tmp_path: Path) -> AsyncIterator[Callable[..., Setting]]:
-    settings: list[Setting] = []
-
-    def make(**options: float) -> Setting:
-        settings.append(Setting(tmp_path, **options))
-        return settings[-1]
-
-    yield make
-    for setting in settings:
-        await setting.stop()
-
-
-@pytest.fixture
-def setting(make_setting: Callable[..., Setting]) -> Setting:
-    return make_setting()
 
 
 async def lost(frontend: FrontEnd) -> None:
